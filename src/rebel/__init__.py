@@ -1,0 +1,1 @@
+"""REBEL for generative models."""

@@ -1,0 +1,158 @@
+"""REBEL: reinforcement learning by regressing relative rewards (Gao et al., NeurIPS 2024, arXiv 2404.16767).
+
+For a prompt x with completions y_1..y_G, the policy pi_t at the start of the iteration (the anchor) and the
+initial policy pi_ref:
+
+    r~_i   = r_i - beta * [log pi_t(y_i|x) - log pi_ref(y_i|x)]     rewards, with the price of leaving pi_ref
+    1/eta' = 1/eta + beta                                           the step, never longer than 1/beta
+    e_i    = [log pi_theta(y_i|x) - log pi_t(y_i|x)] / eta' - r~_i  residual of the regression
+    loss   = mean over prompts of the mean over pairs (i, j) of (e_i - e_j)^2
+
+with the exact minimiser pi(y|x) proportional to pi_t(y|x) * exp(eta' * r~(x, y)): mirror descent.
+
+Spellings of eta. The paper's loss, and this one, is (D / eta - R)^2 with D the difference of log-ratios and R that
+of rewards; a large eta is a long step. The authors' code for language models minimises (D - eta * R)^2, which is
+eta^2 times the paper's loss; their code for images minimises (rebel_lr * D - R)^2, so rebel_lr = 1 / eta. What is
+back-propagated here is eta' * loss: its gradient at the anchor does not depend on eta.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from rebel.types import Pairing, RegressionBatch, Scored, Trace
+
+Weigh = Callable[[Sequence[int], Float[Tensor, " N"]], Float[Tensor, " N"]]
+"""The pull on each trace of some groups of a minibatch, given by their places in it, at their log-probabilities."""
+
+Update = Callable[[Sequence[Sequence[Trace]], Weigh], Float[Tensor, " N"]]
+"""One optimiser step along sum(c * grad logp); returns the log-probabilities from before the step."""
+
+
+def step_size(eta: float, beta: float, kl: str = "proximal") -> float:
+    """eta', the step in nats per unit of reward. `kl="shaped"` keeps eta, as the authors' code does."""
+    if kl == "shaped":
+        return eta
+    return 1.0 / (1.0 / eta + beta)
+
+
+def regression_batch(
+    scored: Scored[Trace],
+    pairing: Pairing,
+    anchor_logp: Float[Tensor, " G"],
+    reference_logp: Float[Tensor, " G"] | None = None,
+    beta: float = 0.0,
+    prompts: int = 1,
+) -> RegressionBatch[Trace]:
+    """The regression problem of one prompt among `prompts`, every one of which counts the same."""
+    margins = scored.pair_margins().to(anchor_logp)
+    pairs = pairing(margins)
+    left, right = pairs.unbind(dim=1)
+    margin = margins[left, right]
+    if reference_logp is not None and beta:
+        log_ratio = anchor_logp - reference_logp
+        margin = margin - beta * (log_ratio[left] - log_ratio[right])
+    weight = torch.full_like(margin, 1.0 / (prompts * max(len(pairs), 1)))
+    return RegressionBatch(tuple(scored.rollout.traces), anchor_logp, pairs, margin, weight)
+
+
+def collate(batches: Sequence[RegressionBatch[Trace]]) -> RegressionBatch[Trace]:
+    """Join prompts into one batch, shifting each one's pair indices past the traces before it."""
+    sizes = [len(batch.traces) for batch in batches]
+    starts = [sum(sizes[:k]) for k in range(len(sizes))]
+    return RegressionBatch(
+        traces=tuple(trace for batch in batches for trace in batch.traces),
+        anchor_logp=torch.cat([batch.anchor_logp for batch in batches]),
+        pairs=torch.cat([batch.pairs + start for batch, start in zip(batches, starts, strict=True)]),
+        margin=torch.cat([batch.margin for batch in batches]),
+        weight=torch.cat([batch.weight for batch in batches]),
+    )
+
+
+def residuals(logp: Float[Tensor, " N"], batch: RegressionBatch, step: float) -> Float[Tensor, " M"]:
+    """e_i - e_j of every pair: how far the policy's log-ratios are from explaining the margins."""
+    log_ratio = logp - batch.anchor_logp
+    left, right = batch.pairs.unbind(dim=1)
+    return (log_ratio[left] - log_ratio[right]) / step - batch.margin
+
+
+def rebel_loss(logp: Float[Tensor, " N"], batch: RegressionBatch, step: float) -> Float[Tensor, ""]:
+    """The paper's loss (its equation 9 up to the choice of pairs), in squared units of the reward."""
+    return (batch.weight * residuals(logp, batch, step).square()).sum()
+
+
+def trace_weights(logp: Float[Tensor, " N"], batch: RegressionBatch, step: float) -> Float[Tensor, " N"]:
+    """c with d(eta' * loss)/d theta = sum_i c_i * grad log pi_theta(y_i|x).
+
+    For all pairs of one prompt c_i = 4 / (G - 1) * (e_i - mean e). As numbers they let every trace be
+    back-propagated by itself: no pair has to share a micro-batch.
+    """
+    pull = 2.0 * batch.weight * residuals(logp, batch, step)
+    left, right = batch.pairs.unbind(dim=1)
+    return torch.zeros_like(logp).index_add(0, left, pull).index_add(0, right, -pull)
+
+
+def explained(logp: Float[Tensor, " N"], batch: RegressionBatch, step: float) -> Float[Tensor, " 2"]:
+    """(residual, total) sums of squares of the regression; R^2 = 1 - residual / total once pooled over prompts."""
+    residual = batch.weight * residuals(logp, batch, step).square()
+    return torch.stack([residual.sum(), (batch.weight * batch.margin.square()).sum()])
+
+
+@dataclass(frozen=True, slots=True)
+class Fit:
+    """What one optimiser step saw before it moved: its groups, their regression and log-probabilities."""
+
+    groups: tuple[int, ...]
+    batch: RegressionBatch
+    logp: Float[Tensor, " N"]
+    fresh: bool
+
+
+def regress(
+    groups: Sequence[Scored[Trace]],
+    minibatches: Sequence[Sequence[int]],
+    update: Update,
+    *,
+    pairing: Pairing,
+    step: float,
+    beta: float = 0.0,
+    anchor: dict[int, Float[Tensor, " G"]],
+    reference: Mapping[int, Float[Tensor, " G"]],
+) -> Iterator[Fit]:
+    """theta_{t+1} = argmin of the loss: one optimiser step for each minibatch of whole groups, in their order.
+
+    `anchor` holds log pi_t of the groups by index. The first minibatch needs none: there log pi_theta is log pi_t,
+    and it is noted down for later passes.
+    """
+    seen: set[int] = set()
+    for chosen in minibatches:
+
+        def batch(places: Sequence[int], logp: Tensor, chosen: Sequence[int] = chosen) -> RegressionBatch:
+            members = [chosen[place] for place in places]
+            now = dict(
+                zip(members, logp.split([len(groups[i].rollout.completions) for i in members]), strict=True)
+            )
+            return collate(
+                [
+                    regression_batch(
+                        groups[i], pairing, anchor.get(i, now[i]), reference.get(i), beta, len(chosen)
+                    )
+                    for i in members
+                ]
+            )
+
+        def weigh(places: Sequence[int], logp: Tensor, batch: Callable = batch) -> Tensor:
+            return trace_weights(logp, batch(places, logp), step)
+
+        logp = update([groups[i].rollout.traces for i in chosen], weigh)
+        whole = batch(range(len(chosen)), logp)
+        sizes = [len(groups[i].rollout.completions) for i in chosen]
+        for i, own in zip(chosen, logp.split(sizes), strict=True):
+            anchor.setdefault(i, own)
+        yield Fit(tuple(chosen), whole, logp, fresh=seen.isdisjoint(chosen))
+        seen.update(chosen)

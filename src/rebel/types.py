@@ -1,0 +1,158 @@
+"""The nouns of REBEL and what it asks of a model, a sampler and a reward.
+
+Letters in the shapes: G completions of one prompt, N traces of a batch, M pairs, S segments of a trace.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
+
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+Trace = TypeVar("Trace")
+TraceIn = TypeVar("TraceIn", contravariant=True)
+TraceOut = TypeVar("TraceOut")
+
+Content = str | list[dict[str, str]]
+"""Plain text, or the messages of a chat."""
+
+LogProb = Callable[[Sequence[Any]], Float[Tensor, "N S"]]
+"""log pi(y|x) of every trace, in nats: a policy, or anything that stands in for one, such as a reference."""
+
+Pairing = Callable[[Float[Tensor, "G G"]], Int[Tensor, "M 2"]]
+"""Which completions of one prompt to compare, from their margins (antisymmetric, NaN where nobody compared)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """x: text or chat messages, and the other columns of its row."""
+
+    content: Content
+    meta: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Completion(Generic[Trace]):
+    """y: what a reward reads, what a policy re-scores, who drew it, and whether it came to its own end."""
+
+    content: Any
+    trace: Trace
+    source: str = "policy"
+    finished: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Rollout(Generic[Trace]):
+    """A prompt with its completions."""
+
+    prompt: Prompt
+    completions: tuple[Completion[Trace], ...]
+
+    @property
+    def traces(self) -> list[Trace]:
+        return [completion.trace for completion in self.completions]
+
+
+@dataclass(frozen=True, slots=True)
+class Scored(Generic[Trace]):
+    """A rollout with either a reward for each completion or a margin for each pair of them.
+
+    Margins are antisymmetric, margins[i, j] = "i over j", and NaN where nobody compared.
+    """
+
+    rollout: Rollout[Trace]
+    rewards: Float[Tensor, " G"] | None = None
+    margins: Float[Tensor, "G G"] | None = None
+    components: Mapping[str, Float[Tensor, " G"]] = field(default_factory=dict)
+
+    def pair_margins(self) -> Float[Tensor, "G G"]:
+        """r_i - r_j of every pair: a margin matrix as it is, rewards as their differences."""
+        if self.margins is not None:
+            return self.margins
+        assert self.rewards is not None, "a scored rollout has rewards or margins"
+        return self.rewards[:, None] - self.rewards[None, :]
+
+
+@dataclass(frozen=True, slots=True)
+class RegressionBatch(Generic[Trace]):
+    """What one least-squares step needs. `margin` is of the shaped reward r~; the weights sum to one over a step."""
+
+    traces: tuple[Trace, ...]
+    anchor_logp: Float[Tensor, " N"]
+    pairs: Int[Tensor, "M 2"]
+    margin: Float[Tensor, " M"]
+    weight: Float[Tensor, " M"]
+
+
+@dataclass(frozen=True, slots=True)
+class TokenTrace:
+    """Token ids as they were sampled, never re-tokenised; `mask` marks those of the completion the policy wrote."""
+
+    prompt: tuple[int, ...]
+    completion: tuple[int, ...]
+    mask: tuple[bool, ...] | None = None
+
+    @property
+    def written(self) -> tuple[bool, ...]:
+        return self.mask if self.mask is not None else (True,) * len(self.completion)
+
+    def __len__(self) -> int:
+        return len(self.prompt) + len(self.completion)
+
+
+@runtime_checkable
+class Policy(Protocol[TraceIn]):
+    """A model that can be re-scored: log pi_theta(y|x), differentiable.
+
+    `scorer` is the module that accelerate prepares: its forward computes the log-probabilities.
+    """
+
+    scorer: nn.Module
+
+    def log_prob(self, traces: Sequence[TraceIn]) -> Float[Tensor, "N S"]:
+        """Sums of log-probabilities in nats, one column for each segment of a trace (one for text)."""
+        ...
+
+    def backward(
+        self,
+        traces: Sequence[TraceIn],
+        weigh: Callable[[Float[Tensor, "N S"]], Float[Tensor, "N S"]],
+        backward: Callable[[Tensor], None],
+    ) -> Float[Tensor, "N S"]:
+        """Back-propagate sum(c * log_prob) with c = weigh(log_prob, detached); returns the log-probabilities."""
+        ...
+
+    def cost(self, trace: TraceIn) -> int:
+        """What a trace costs in a micro-batch: tokens for text, denoising steps for images."""
+        ...
+
+
+@runtime_checkable
+class Sampler(Protocol[TraceOut]):
+    """Draws groups of completions; streams, so that scoring can begin before the last prompt is done."""
+
+    def __call__(
+        self, prompts: Sequence[Prompt], group_size: int, seed: int
+    ) -> Iterator[Rollout[TraceOut]]: ...
+
+    def refresh(self) -> None:
+        """Make the sampler draw from the policy as it is now (weight synchronisation)."""
+        ...
+
+    def close(self) -> None: ...
+
+
+@runtime_checkable
+class Reward(Protocol[TraceIn]):
+    """Scores whole groups, so that a judge of pairs needs no second path.
+
+    A completion without any value has the reward NaN and leaves its group.
+    """
+
+    def __call__(self, rollouts: Sequence[Rollout[TraceIn]]) -> list[Scored[TraceIn]]: ...
+
+
+Keep = Bool[Tensor, " G"]

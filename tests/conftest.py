@@ -1,0 +1,25 @@
+"""What the tests share: small models made on the spot, and the folder of real data if it is there."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+DATA = Path(os.environ.get("REBEL_DATA") or Path(__file__).resolve().parents[2] / "shared" / "data")
+
+
+@pytest.fixture(autouse=True)
+def one_seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def stories() -> Path:
+    """A real pretrained language model of 260 thousand parameters."""
+    folder = DATA / "stories260K"
+    if not folder.exists():
+        pytest.skip(f"the story model is not at {folder}; set REBEL_DATA to the folder that has it")
+    return folder
