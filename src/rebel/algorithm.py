@@ -134,14 +134,10 @@ def regress(
 
         def batch(places: Sequence[int], logp: Tensor, chosen: Sequence[int] = chosen) -> RegressionBatch:
             members = [chosen[place] for place in places]
-            now = dict(
-                zip(members, logp.split([len(groups[i].rollout.completions) for i in members]), strict=True)
-            )
+            now = dict(zip(members, logp.split([len(groups[i].rollout.completions) for i in members]), strict=True))
             return collate(
                 [
-                    regression_batch(
-                        groups[i], pairing, anchor.get(i, now[i]), reference.get(i), beta, len(chosen)
-                    )
+                    regression_batch(groups[i], pairing, anchor.get(i, now[i]), reference.get(i), beta, len(chosen))
                     for i in members
                 ]
             )

@@ -134,9 +134,7 @@ class Policy(Protocol[TraceIn]):
 class Sampler(Protocol[TraceOut]):
     """Draws groups of completions; streams, so that scoring can begin before the last prompt is done."""
 
-    def __call__(
-        self, prompts: Sequence[Prompt], group_size: int, seed: int
-    ) -> Iterator[Rollout[TraceOut]]: ...
+    def __call__(self, prompts: Sequence[Prompt], group_size: int, seed: int) -> Iterator[Rollout[TraceOut]]: ...
 
     def refresh(self) -> None:
         """Make the sampler draw from the policy as it is now (weight synchronisation)."""

@@ -1,0 +1,344 @@
+"""Settings -> objects: the one module that knows every class."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from peft import (
+    LoraConfig,
+    PeftConfig,
+    PeftModel,
+    get_peft_model,
+    prepare_model_for_kbit_training,
+)
+from torch import Tensor, nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainingArguments,
+    get_scheduler,
+)
+
+from rebel.collect import Source
+from rebel.config import RebelConfig
+from rebel.data import PromptStream, load_prompts, that_fit
+from rebel.errors import RebelError
+from rebel.fit import Regression
+from rebel.learner import Learner, learner
+from rebel.model_card import model_card
+from rebel.pairing import all_pairs, best_against_worst, random_pairs
+from rebel.plan import describe, estimate
+from rebel.policies.causal_lm import CausalLM, causal_lm, frozen_copy, initial_adapter, without_adapter
+from rebel.record import (
+    Recorder,
+)
+from rebel.report import Terminal
+from rebel.rewards.combine import Weighted
+from rebel.rewards.functions import Notes
+from rebel.rewards.load import as_reward
+from rebel.samplers.generate import Generate
+from rebel.stepsize import AutoEta, GivenEta, StepRule
+from rebel.trackers import Trackers, training_arguments
+from rebel.train import Hooks, Run
+from rebel.types import LogProb, Pairing, Prompt, Reward
+
+PAIRINGS: dict[str, Pairing] = {"all": all_pairs, "extremes": best_against_worst, "random": random_pairs}
+
+
+def build_accelerator(config: RebelConfig) -> Accelerator:
+    """Devices, processes and precision of this run. Sharded weights are refused: sampling needs them whole."""
+    precision = "bf16" if config.bf16 else "fp16" if config.fp16 else "no"
+    accelerator = Accelerator(cpu=config.use_cpu, mixed_precision=precision)
+    if str(accelerator.distributed_type.value) in ("FSDP", "DEEPSPEED", "MEGATRON_LM", "TP"):
+        raise RebelError(
+            f"accelerate is set up for {accelerator.distributed_type.value}; this version trains with one process "
+            "or several that each hold the whole model (MULTI_GPU, MULTI_CPU): choose that in `accelerate config`"
+        )
+    return accelerator
+
+
+def build_model(config: RebelConfig) -> nn.Module:
+    """The model of --model_name_or_path, with its adapter if one is asked for."""
+    name = str(config.model_name_or_path)
+    settings: dict[str, Any] = {"trust_remote_code": config.trust_remote_code, "dtype": weight_type(config)}
+    if config.attn_implementation:
+        settings["attn_implementation"] = config.attn_implementation
+    if config.load_in_4bit:
+        settings["quantization_config"] = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    model = loaded(name, "model", partial(AutoModelForCausalLM.from_pretrained, name, **settings))
+    return with_adapter(model, config) if config.use_peft or config.adapter_path else model
+
+
+def weight_type(config: RebelConfig) -> str | torch.dtype:
+    """fp32 for weights that are trained whole (small steps vanish in bf16); frozen ones as they were saved."""
+    if config.dtype != "auto":
+        return getattr(torch, config.dtype)
+    return "auto" if config.use_peft or config.adapter_path else torch.float32
+
+
+def loaded(name: str, what: str, load: Callable[[], Any]) -> Any:
+    """What transformers loads, or an error in one line."""
+    if name.startswith((".", "/", "~")) and not Path(name).expanduser().exists():
+        raise RebelError(f"--model_name_or_path {name}: there is no such folder")
+    try:
+        return load()
+    except Exception as error:  # of many kinds: files, network, configuration
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise RebelError(f"--model_name_or_path {name}: its {what} cannot be loaded: {reason}") from error
+
+
+def build_tokenizer(config: RebelConfig) -> PreTrainedTokenizerBase:
+    name = str(config.model_name_or_path)
+    load = partial(AutoTokenizer.from_pretrained, name, trust_remote_code=config.trust_remote_code)
+    return loaded(name, "tokenizer", load)
+
+
+def with_adapter(model: PreTrainedModel, config: RebelConfig, lora: PeftConfig | None = None) -> PeftModel:
+    """The model with a new LoRA adapter, or with the one of --adapter_path to go on from."""
+    if config.load_in_4bit:
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=config.gradient_checkpointing)
+    if config.adapter_path:
+        return PeftModel.from_pretrained(model, config.adapter_path, is_trainable=True)
+    names = config.lora_target_modules
+    targets = names[0] if names == ["all-linear"] else names
+    lora = lora or LoraConfig(
+        r=config.lora_r, lora_alpha=config.lora_alpha, lora_dropout=0.0, target_modules=targets, task_type="CAUSAL_LM"
+    )
+    return get_peft_model(model, lora)
+
+
+def build_policy(model: nn.Module, tokenizer: PreTrainedTokenizerBase, config: RebelConfig) -> CausalLM:
+    policy = causal_lm(model, tokenizer, config.temperature, config.chat_template_kwargs)
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.enable_input_require_grads()
+        model.train()
+    else:
+        model.eval()
+    return policy
+
+
+def build_reference(policy: CausalLM, config: RebelConfig) -> LogProb | None:
+    """log pi_ref, or None where nothing asks for it: beta 0 and no KL to measure."""
+    adapter = isinstance(policy.model, PeftModel)
+    wanted = adapter if config.track_kl is None else config.track_kl
+    if not config.beta and not wanted:
+        return None
+    kind = config.reference
+    if kind == "auto":
+        kind = "model" if not adapter else "initial_adapter" if config.adapter_path else "base"
+    if kind != "model" and not adapter:
+        raise RebelError(f"--reference {kind} needs an adapter; use --use_peft, or --reference model")
+    return {"model": frozen_copy, "base": without_adapter, "initial_adapter": initial_adapter}[kind](policy)
+
+
+def build_prompts(config: RebelConfig) -> tuple[list[Prompt], list[Prompt]]:
+    """(training, evaluation) prompts as the settings name them."""
+    load = partial(load_prompts, str(config.dataset_name), column=config.prompt_column, config=config.dataset_config)
+    prompts = load(split=config.dataset_train_split)
+    if not config.eval_prompts:
+        return prompts, []
+    if config.dataset_test_split:
+        return prompts, load(split=config.dataset_test_split)[: config.eval_prompts]
+    if len(prompts) <= config.eval_prompts:
+        raise RebelError(
+            f"--eval_prompts {config.eval_prompts} leaves none of the {len(prompts)} prompts for training; "
+            "lower it, or name a --dataset_test_split"
+        )
+    return prompts[config.eval_prompts :], prompts[: config.eval_prompts]
+
+
+def fitting(prompts: Sequence[Prompt], policy: CausalLM, config: RebelConfig) -> tuple[list[Prompt], int]:
+    """The prompts that leave room for a completion, and the number of those that do not."""
+    check_template(prompts, policy)
+    positions = getattr(policy.bare.causal.config.get_text_config(), "max_position_embeddings", None) or math.inf
+    room = min(config.max_prompt_length, positions - config.max_completion_length)
+    if room < 1:
+        raise RebelError(
+            f"--max_completion_length {config.max_completion_length} leaves no room for a prompt: the model has "
+            f"{positions} positions"
+        )
+    longest = int(room) + config.max_completion_length
+    if longest > config.tokens_per_micro_batch:
+        raise RebelError(
+            f"--tokens_per_micro_batch {config.tokens_per_micro_batch} is less than one completion may need "
+            f"({longest} = prompt and completion); raise it, or lower --max_prompt_length"
+        )
+    return that_fit(prompts, policy.encode, int(room))
+
+
+def check_template(prompts: Sequence[Prompt], policy: CausalLM) -> None:
+    if policy.tokenizer.chat_template is None and any(not isinstance(p.content, str) for p in prompts):
+        raise RebelError(
+            "the prompts are chat messages, but the tokenizer has no chat template: use a chat model, add a "
+            "chat_template.jinja to its folder, or give prompts of plain text"
+        )
+
+
+def build_step_rule(config: RebelConfig) -> StepRule:
+    if config.eta == "auto":
+        return AutoEta(config.kl_per_iteration, config.beta)
+    return GivenEta(float(config.eta), config.beta, config.kl)
+
+
+def build_learner(
+    accelerator: Accelerator, policy: CausalLM, config: RebelConfig, arguments: TrainingArguments, steps: int
+) -> Learner:
+    """The learner with the optimiser and schedule of these names."""
+
+    def optimizer(weights: list[Tensor]) -> torch.optim.Optimizer:
+        kind, settings = Trainer.get_optimizer_cls_and_kwargs(arguments)
+        return kind(weights, weight_decay=config.weight_decay, **settings)
+
+    warmup = config.warmup_steps
+    schedule = partial(
+        get_scheduler,
+        config.lr_scheduler_type,
+        num_warmup_steps=int(warmup if warmup >= 1 else warmup * steps),
+        num_training_steps=steps,
+        scheduler_specific_kwargs=config.lr_scheduler_kwargs or None,
+    )
+    return learner(
+        accelerator,
+        policy,
+        optimizer,
+        lambda optimizer: schedule(optimizer=optimizer),
+        budget=config.tokens_per_micro_batch,
+        max_grad_norm=config.max_grad_norm,
+        average=config.average,
+    )
+
+
+def build_run(
+    config: RebelConfig,
+    learner: Learner,
+    reference: LogProb | None,
+    reward: Reward,
+    prompts: tuple[Sequence[Prompt], Sequence[Prompt]],
+    hooks: Hooks,
+) -> Run:
+    """A run over the parts."""
+    accelerator, policy = learner.accelerator, learner.policy
+    sampler = Generate(policy, config.max_completion_length, config.temperature, accelerator.autocast)
+    source = Source(
+        sampler=sampler,
+        reward=reward,
+        stream=PromptStream(prompts[0], config.seed),
+        group_size=config.num_generations,
+        chunk=max(1, config.sampling_batch // config.num_generations),
+        penalty=config.missing_eos_penalty or 0.0,
+        drop_unfinished=config.drop_truncated,
+        scale=config.scale_rewards,
+        rank=accelerator.process_index,
+        world=accelerator.num_processes,
+    )
+    heat = config.temperature if config.eval_temperature is None else config.eval_temperature
+    evaluation = replace(
+        source,
+        sampler=replace(sampler, temperature=heat),
+        group_size=config.eval_generations,
+        chunk=max(1, config.sampling_batch // config.eval_generations),
+    )
+    regression = Regression(
+        steps=config.steps_per_iteration,
+        passes=config.num_iterations,
+        pairing=PAIRINGS[config.pairing],
+        step_rule=build_step_rule(config),
+        beta=config.beta,
+        held_out=config.held_out if config.early_stop else 0.0,
+    )
+    return Run(
+        learner=learner,
+        source=source,
+        regression=regression,
+        reference=reference,
+        evaluation=evaluation if prompts[1] else None,
+        evaluation_prompts=prompts[1],
+        prompts=config.prompts_per_iteration,
+        replace_flat=config.replace_flat_groups,
+        max_failed=config.max_failed_rewards,
+        seed=config.seed,
+        hooks=hooks,
+    )
+
+
+def iterations_of(config: RebelConfig) -> int:
+    """Iterations of the run, from --iterations or from --max_steps."""
+    if config.iterations is not None:
+        return config.iterations
+    return math.ceil(config.max_steps / (config.steps_per_iteration * config.num_iterations))
+
+
+@dataclass
+class Job:
+    """A run with what keeps its record: ready to be carried out."""
+
+    config: RebelConfig
+    run: Run
+    recorder: Recorder
+    reward: Reward
+    iterations: int
+    plan: list[str]
+
+
+def build_job(
+    config: RebelConfig,
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    reward: Callable[[Notes], Reward],
+    prompts: tuple[Sequence[Prompt], Sequence[Prompt]],
+    callbacks: Sequence[Any] = (),
+) -> Job:
+    """All parts of a run from its settings and what has been loaded. Touches no file."""
+    arguments = training_arguments(config)  # before the accelerator, whose state it would reset
+    accelerator = build_accelerator(config)
+    policy = build_policy(model.to(accelerator.device), tokenizer, config)
+    training, dropped = fitting(prompts[0], policy, config)
+    held_out = fitting(prompts[1], policy, config)[0] if prompts[1] else []
+    reference = build_reference(policy, config)
+    iterations = iterations_of(config)
+    steps = iterations * config.steps_per_iteration * config.num_iterations
+    mover = build_learner(accelerator, policy, config, arguments, steps)
+    main = accelerator.is_main_process
+    trackers = Trackers(callbacks, arguments, policy.model, tokenizer, mover.optimizer, mover.scheduler, main)
+    terminal = Terminal(iterations, disable=config.disable_tqdm, silent=not main)
+    judge = reward(Notes(trainer_state=trackers.state))
+    judge.check(training)
+    save = partial(save_model, config, mover)
+    recorder = Recorder(config, Path(config.output_dir), terminal, trackers, mover, save, len(training))
+    run = build_run(config, mover, reference, judge, (training, held_out), recorder)
+    memory = estimate(policy.model, config, reference_is_copy(reference, policy, config))
+    plan = describe(config, len(training), len(held_out), dropped, iterations, accelerator.num_processes, memory)
+    return Job(config, run, recorder, judge, iterations, plan)
+
+
+def reference_is_copy(reference: LogProb | None, policy: CausalLM, config: RebelConfig) -> bool:
+    return reference is not None and (config.reference == "model" or not isinstance(policy.model, PeftModel))
+
+
+def save_model(config: RebelConfig, learner: Learner, folder: Path) -> None:
+    """Write the policy (its average, if one is kept) as Hugging Face loads it, with tokenizer and model card."""
+    policy = learner.policy
+    folder.mkdir(parents=True, exist_ok=True)
+    with learner.use_average():
+        names = {"selected_adapters": ["default"]} if isinstance(policy.model, PeftModel) else {}
+        policy.model.save_pretrained(folder, **names)
+    policy.tokenizer.save_pretrained(folder)
+    (folder / "README.md").write_text(model_card(config, learner))
+
+
+def build_reward(config: RebelConfig, notes: Notes, rewards: Sequence[Any] | None = None) -> Weighted:
+    """The weighted sum of the rewards of the settings, or of these objects."""
+    given = config.reward_funcs if rewards is None else rewards
+    return Weighted([as_reward(reward, notes) for reward in given], config.reward_weights)

@@ -1,0 +1,240 @@
+"""The command line. Nothing imports torch before the command and its settings are known to be right."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
+from itertools import groupby, zip_longest
+from pathlib import Path
+from typing import Any, Literal, NoReturn, get_args, get_origin
+
+from rebel.convert import NO, NOTHING, YES, shown
+from rebel.errors import RebelError, RunStopped
+from rebel.from_trl import translate_batch
+from rebel.settings import Setting, known, read_yaml, resolve, unknown
+from rebel.validate import validate
+
+EXAMPLES = """\
+examples:
+  rebel quickstart
+  rebel train config.yaml --eta 10
+  rebel train --model_name_or_path MODEL --dataset_name data.jsonl --reward_funcs my.py:score --iterations 9
+  rebel train rebel-run/config.yaml --resume
+  rebel sample rebel-run --prompt "Once upon a time"
+"""
+
+TRAIN = (
+    "Tune a model. Settings come from the YAML file, whose keys are the names below, and from flags, which "
+    "win. Flags take hyphens for underscores; those of true or false can stand alone (--use_peft) or be "
+    "turned off (--no-use_peft)."
+)
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, with its complaints as errors of ours."""
+
+    def error(self, message: str) -> NoReturn:
+        raise RebelError(message)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; the exit code: 0, 1 for a run that stopped, 2 for wrong input, 130 for Ctrl-C."""
+    try:
+        arguments = parse(sys.argv[1:] if argv is None else argv)
+        return arguments.command(arguments)
+    except RebelError as error:
+        return _complain(f"error: {error}", 2)
+    except RunStopped as error:
+        return _complain(f"stopped: {error}", 1)
+    except KeyboardInterrupt:
+        return _complain("interrupted", 130)
+
+
+def _complain(message: str, code: int) -> int:
+    print("rebel: " + message.replace("\n", "\n  "), file=sys.stderr)
+    return code
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """The command and what was given to it; `command` is the function to call."""
+    parser = Parser("rebel", description="REBEL: reinforcement learning as least squares.", epilog=EXAMPLES)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("-V", "--version", action="store_true", help="show the version and exit")
+    parser.set_defaults(command=partial(_alone, parser), options=("help", "version"))
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND")
+    for add in (_add_train, _add_quickstart, _add_sample, _add_report, _add_doctor):
+        add(commands)
+    arguments, rest = parser.parse_known_args(list(spelled(argv)))
+    if rest:
+        raise RebelError(_unexpected(rest, arguments.options))
+    return arguments
+
+
+def _alone(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> int:
+    if arguments.version:
+        from importlib.metadata import version
+
+        print(f"rebel {version('rebel-rl')}")
+    else:
+        parser.print_help()
+    return 0
+
+
+def _unexpected(rest: Sequence[str], options: Iterable[str]) -> str:
+    flags = [word.partition("=")[0] for word in rest if word.startswith("-")]
+    lines = [flag + unknown(flag.lstrip("-"), options).removeprefix(f"--{flag.lstrip('-')}") for flag in flags]
+    return "\n".join(lines) or f"unexpected: {' '.join(rest)}"
+
+
+def spelled(argv: Sequence[str]) -> Iterator[str]:
+    """Flags with underscores, and a value for each switch: `--no-use-peft` becomes `--use_peft=false`."""
+    switches = {f"--{setting.name}" for setting in known().values() if _is_switch(setting)}
+    for word, after in zip_longest(argv, argv[1:], fillvalue=""):
+        name, equals, value = word.partition("=")
+        if not re.fullmatch(r"--\w[\w-]*", name):
+            yield word
+            continue
+        name = "--" + name[2:].replace("-", "_")
+        if name in switches and not equals and after.lower() not in YES + NO + NOTHING:
+            yield f"{name}=true"
+        elif (on := "--" + name.removeprefix("--no_")) in switches and on != name:
+            yield f"{on}=false"
+        else:
+            yield name + equals + value
+
+
+def _add_train(commands: Any) -> None:
+    usage = "rebel train [config.yaml] [--eta 10] [--resume [CHECKPOINT]] [--dry-run] [--SETTING VALUE ...]"
+    train = _command(commands, "train", _train, "tune a model, by a YAML file and flags", usage=usage)
+    train.description, train.formatter_class = TRAIN, _wide
+    train.add_argument("config", nargs="?", help="YAML file with settings")
+    train.add_argument("--dry_run", action="store_true", help="print the plan of the run and stop")
+    for section, settings in groupby(known().values(), key=lambda setting: setting.section):
+        group = train.add_argument_group(section)
+        for setting in settings:
+            _add_setting(group, setting)
+    train.set_defaults(options=(*known(), "resume", "dry_run"))
+
+
+def _add_setting(group: Any, setting: Setting) -> None:
+    flags, more = [f"--{setting.name}"], {"metavar": _metavar(setting.hint)}
+    if setting.name == "resume_from_checkpoint":
+        flags, more = ["--resume", *flags], {"metavar": "CHECKPOINT", "nargs": "?", "const": "true"}
+    elif any(get_origin(hint) is list for hint in (setting.hint, *get_args(setting.hint))):
+        more |= {"nargs": "+", "action": "extend"}
+    default = "" if setting.default in (None, [], {}) else f" (default: {shown(setting.default)})"
+    text = setting.help.replace("%", "%%") + default
+    group.add_argument(*flags, dest=setting.name, default=argparse.SUPPRESS, help=text, **more)
+
+
+def _is_switch(setting: Setting) -> bool:
+    return setting.hint is bool or get_args(setting.hint) == (bool, type(None))
+
+
+def _metavar(hint: Any) -> str:
+    """`INT`, `FLOAT|auto`, `no|steps`: what may stand behind a flag."""
+    if get_origin(hint) is Literal:
+        return "|".join(get_args(hint))
+    if get_origin(hint) is list:
+        return _metavar(get_args(hint)[0])
+    inner = [_metavar(kind) for kind in get_args(hint) if kind is not type(None)]
+    words = {bool: "true|false", int: "INT", float: "FLOAT", str: "TEXT"}
+    return words.get(hint, "YAML" if get_origin(hint) is dict else "|".join(inner))
+
+
+def _wide(prog: str) -> argparse.HelpFormatter:
+    return argparse.HelpFormatter(prog, max_help_position=32)
+
+
+def _command(commands: Any, name: str, command: Any, about: str, usage: str | None = None) -> Parser:
+    parser = commands.add_parser(name, help=about, description=about, usage=usage, allow_abbrev=False)
+    parser.set_defaults(command=command, options=("help",))
+    return parser
+
+
+def _add_quickstart(commands: Any) -> None:
+    about = "see REBEL at work in a few minutes, without a download"
+    quickstart = _command(commands, "quickstart", _quickstart, about)
+    quickstart.add_argument("task", nargs="?", default="arithmetic", choices=["arithmetic"])
+    quickstart.add_argument("--output_dir", default="rebel-quickstart", help="folder of the run")
+    quickstart.add_argument("--seed", type=int, default=42, help="seed of everything random")
+    quickstart.set_defaults(options=("output_dir", "seed"))
+
+
+def _add_sample(commands: Any) -> None:
+    sample = _command(commands, "sample", _sample, "draw completions from a tuned model")
+    sample.add_argument("run", help="folder of the run")
+    sample.add_argument("--prompt", action="append", required=True, help="a prompt; may be given again")
+    sample.add_argument("--n", type=int, default=4, help="completions per prompt")
+    sample.add_argument("--temperature", type=float, help="0 is greedy (default: that of training)")
+    sample.add_argument("--max_new_tokens", type=int, help="longest completion (default: that of training)")
+    sample.set_defaults(options=("prompt", "n", "temperature", "max_new_tokens"))
+
+
+def _add_report(commands: Any) -> None:
+    report = _command(commands, "report", _report, "write report.html of a run, also of one that still runs")
+    report.add_argument("run", help="folder of the run")
+
+
+def _add_doctor(commands: Any) -> None:
+    _command(commands, "doctor", _doctor, "versions, devices, what will not work and why")
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    flags = {name: value for name, value in vars(arguments).items() if name in known()}
+    config = resolve(read_yaml(arguments.config), flags)
+    config, lines = translate_batch(config, world_size=int(os.environ.get("WORLD_SIZE", "1")))
+    if lines and os.environ.get("RANK", "0") == "0":
+        print(*lines, sep="\n")
+    config = validate(config)
+    from rebel.job import run_training
+
+    run_training(config, dry_run=arguments.dry_run)
+    return 0
+
+
+def _quickstart(arguments: argparse.Namespace) -> int:
+    from rebel.tasks.arithmetic import quickstart
+
+    quickstart(arguments.output_dir, arguments.seed)
+    return 0
+
+
+def _sample(arguments: argparse.Namespace) -> int:
+    run, prompts = _folder(arguments.run), arguments.prompt
+    if arguments.n < 1:
+        raise RebelError(f"--n {arguments.n}: use 1 or more completions")
+    if arguments.temperature is not None and not arguments.temperature >= 0:
+        raise RebelError(f"--temperature {arguments.temperature:g}: use 0 (greedy) or a positive number")
+    if arguments.max_new_tokens is not None and arguments.max_new_tokens < 1:
+        raise RebelError(f"--max_new_tokens {arguments.max_new_tokens}: use 1 or more")
+    from rebel.job import sample
+
+    drawn = sample(run, prompts, arguments.n, arguments.temperature, arguments.max_new_tokens)
+    for prompt, completions in zip(prompts, drawn, strict=True):
+        print(f"\n{prompt}", *(f"\n[{k}] {text}" for k, text in enumerate(completions, 1)), sep="\n")
+    return 0
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    run = _folder(arguments.run)
+    from rebel.report import write_report
+
+    print(write_report(run))
+    return 0
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    from rebel.doctor import doctor
+
+    return doctor()
+
+
+def _folder(run: str) -> Path:
+    if not Path(run).is_dir():
+        raise RebelError(f"{run} is no folder; give the --output_dir of a run")
+    return Path(run)

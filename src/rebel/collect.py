@@ -1,0 +1,128 @@
+"""The first half of an iteration: prompts are drawn from, completions scored, unusable ones set aside."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from accelerate.utils import gather_object
+
+from rebel.data import PromptStream, seed_of
+from rebel.rewards.groups import Scale, drop_unfinished, flat, penalise_unfinished, scaled, usable
+from rebel.types import Prompt, Reward, Rollout, Sampler, Scored
+
+
+class Interrupted(Exception):
+    """Asked to stop while nothing of the iteration had been learnt yet."""
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Who draws and who scores, and this process's share of it."""
+
+    sampler: Sampler
+    reward: Reward
+    stream: PromptStream
+    group_size: int
+    chunk: int
+    penalty: float = 0.0
+    drop_unfinished: bool = False
+    scale: Scale = "none"
+    rank: int = 0
+    world: int = 1
+
+    def regressed(self, groups: list[Scored]) -> list[Scored]:
+        """What is left to regress of scored groups, in the unit of the regression."""
+        left = [drop_unfinished(group) for group in groups] if self.drop_unfinished else groups
+        return [group for group in map(usable, scaled([g for g in left if g is not None], self.scale)) if group]
+
+
+@dataclass(frozen=True, slots=True)
+class Drawn:
+    """All groups of an iteration, those of them that are fit for the regression, and what it took."""
+
+    groups: list[Scored]
+    kept: list[Scored]
+    sampling: float
+    scoring: float
+
+
+def collect(
+    source: Source,
+    start: int,
+    prompts: int,
+    replace_flat: float,
+    seed: int,
+    stop: Callable[[], bool] = lambda: False,
+    done: Callable[[int], None] = lambda count: None,
+) -> Drawn:
+    """Groups of the next `prompts` of the stream; up to `replace_flat` times as many again in place of flat ones."""
+    most = prompts + int(replace_flat * prompts)
+    groups: list[Scored] = []
+    sampling = scoring = 0.0
+    wanted = prompts
+    while wanted:
+        asked = source.stream.take(start + len(groups), wanted)
+        new, drew, scored = score_chunks(source, asked, seed_of(seed, len(groups)), stop, done)
+        groups, sampling, scoring = groups + new, sampling + drew, scoring + scored
+        kept = source.regressed(groups)
+        fit = sum(not flat(group) for group in kept)
+        wanted = min(prompts - fit, most - len(groups)) if replace_flat else 0
+    return Drawn(groups, sorted(kept, key=flat)[:prompts] if replace_flat else kept, sampling, scoring)
+
+
+def score_chunks(
+    source: Source,
+    prompts: Sequence[Prompt],
+    seed: int,
+    stop: Callable[[], bool] = lambda: False,
+    done: Callable[[int], None] = lambda count: None,
+) -> tuple[list[Scored], float, float]:
+    """The scored groups of these prompts, with the seconds of sampling and of scoring."""
+    began = time.perf_counter()
+    rollouts = draw(source, prompts, seed, stop, done)
+    drew = time.perf_counter()
+    own = [penalise_unfinished(group, source.penalty) for group in source.reward(rollouts)] if rollouts else []
+    scored = gather(own, source, len(prompts))
+    return scored, drew - began, time.perf_counter() - drew
+
+
+def draw(
+    source: Source,
+    prompts: Sequence[Prompt],
+    seed: int,
+    stop: Callable[[], bool],
+    done: Callable[[int], None],
+) -> list[Rollout]:
+    """This process's chunks of the prompts. A chunk's seed depends on its place alone, not on who draws it."""
+    rollouts: list[Rollout] = []
+    for number, chunk in enumerate(chunks(prompts, source.chunk)):
+        if number % source.world != source.rank:
+            continue
+        if source.world == 1 and stop():  # processes must stop at the same place
+            raise Interrupted
+        for rollout in source.sampler(chunk, source.group_size, seed_of(seed, number)):
+            rollouts.append(rollout)
+            done(len(rollout.completions))
+    return rollouts
+
+
+def gather(scored: list[Scored], source: Source, count: int) -> list[Scored]:
+    """The groups of all processes, in the order of their prompts."""
+    if source.world == 1:
+        return scored
+    places = [
+        place
+        for number, chunk in enumerate(chunks(range(count), source.chunk))
+        if number % source.world == source.rank
+        for place in chunk
+    ]
+    everyone = gather_object(list(zip(places, scored, strict=True)))
+    return [group for _, group in sorted(everyone, key=lambda item: item[0])]
+
+
+def chunks(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
+    for start in range(0, len(items), size):
+        yield items[start : start + size]

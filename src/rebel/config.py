@@ -1,0 +1,202 @@
+"""Every setting of a run, with its default and its meaning. Imports no torch, so that `rebel --help` answers at once.
+
+Names are TRL's where the meaning is TRL's. The docstring under a field is its help text on the command line.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+
+@dataclass(frozen=True)
+class RebelConfig:
+    # -- model ---------------------------------------------------------------------------------------------
+    model_name_or_path: str | None = None
+    """Hugging Face name or folder of the causal language model to tune."""
+    dtype: str = "auto"
+    """Type of the weights: auto (as saved), float32, bfloat16 or float16. Log-probabilities are fp32 whatever it is."""
+    attn_implementation: str | None = None
+    """Attention of transformers: sdpa, eager, flash_attention_2, ..."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model. Off unless you ask for it."""
+    use_peft: bool = False
+    """Train a LoRA adapter instead of all weights; the reference is then the model without it, at no cost."""
+    lora_r: int = 16
+    """Rank of the adapter."""
+    lora_alpha: int = 32
+    """Scale of the adapter."""
+    lora_target_modules: list[str] = field(default_factory=lambda: ["all-linear"])
+    """Names of the layers that get an adapter."""
+    adapter_path: str | None = None
+    """A trained adapter to go on from."""
+    load_in_4bit: bool = False
+    """QLoRA: 4-bit weights below the adapter (needs bitsandbytes)."""
+    reference: Literal["auto", "base", "initial_adapter", "model"] = "auto"
+    """The initial policy: base (adapter off), initial_adapter (a frozen copy of a trained adapter) or model (a frozen copy)."""
+    track_kl: bool | None = None
+    """Measure the KL to the initial policy also with beta 0. Unset: only where the reference costs no second model."""
+
+    # -- data ----------------------------------------------------------------------------------------------
+    dataset_name: str | None = None
+    """Prompts: a hub name, a folder, or a .jsonl, .json, .csv, .parquet or .txt file."""
+    dataset_config: str | None = None
+    """Configuration of a hub dataset."""
+    dataset_train_split: str = "train"
+    """Split with the prompts of training."""
+    dataset_test_split: str | None = None
+    """Split with the prompts of evaluation. Unset: the first `eval_prompts` rows are kept out of training for it."""
+    prompt_column: str = "prompt"
+    """Column with the prompts: text, or chat messages. The other columns reach the reward functions by name."""
+    eval_prompts: int = 64
+    """How many prompts to evaluate on; 0 for none."""
+    max_prompt_length: int = 512
+    """Longest prompt in tokens. Longer ones are dropped and counted, never cut."""
+
+    # -- rewards -------------------------------------------------------------------------------------------
+    reward_funcs: list[str] = field(default_factory=list)
+    """Each one: file.py:function, package.module:function, a name of trl.rewards, or a reward model's name or folder."""
+    reward_weights: list[float] | None = None
+    """One weight for each reward function; 1 each if unset."""
+    scale_rewards: Literal["none", "group", "batch"] = "none"
+    """Divide rewards by their standard deviation over the group or the iteration. Changes the unit of eta and beta."""
+    max_failed_rewards: float = 0.1
+    """Stop when more than this share of an iteration's completions got no usable reward."""
+
+    # -- the method ----------------------------------------------------------------------------------------
+    eta: float | Literal["auto"] = "auto"
+    """Step size in nats per unit of reward (large = long step), or auto: chosen from kl_per_iteration."""
+    kl_per_iteration: float = 1.0
+    """For eta auto: KL(new policy || old policy) of one iteration, in nats per completion."""
+    beta: float = 0.0
+    """Price of the KL to the initial policy, in reward per nat of a whole completion (TRL's is per token)."""
+    kl: Literal["proximal", "shaped"] = "proximal"
+    """proximal: the step is 1/(1/eta + beta), stable for every eta. shaped: eta, as in the authors' code (needs eta*beta < 2)."""
+    pairing: Literal["all", "extremes", "random"] = "all"
+    """Pairs to regress: all of them, best against worst, or random disjoint ones."""
+    num_generations: int = 8
+    """Completions per prompt."""
+    missing_eos_penalty: float | None = None
+    """Subtracted from the reward of a completion that the length limit cut off."""
+    drop_truncated: bool = False
+    """Leave completions that the length limit cut off out of their group instead."""
+    replace_flat_groups: float = 0.0
+    """Draw up to this factor of extra prompts for groups whose rewards are all equal. Counted as samples."""
+
+    # -- sampling ------------------------------------------------------------------------------------------
+    temperature: float = 1.0
+    """Sampling temperature; the log-probabilities of the regression are taken at the same temperature."""
+    max_completion_length: int = 256
+    """Longest completion in tokens."""
+    top_p: float = 1.0
+    """Refused unless 1: a truncated distribution is not the one whose log-probabilities are regressed."""
+    top_k: int | None = None
+    """Refused unless unset or 0, for the same reason."""
+    min_p: float | None = None
+    """Refused unless unset or 0, for the same reason."""
+    repetition_penalty: float = 1.0
+    """Refused unless 1, for the same reason."""
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
+    """Passed to the tokenizer's chat template."""
+    sampling_batch: int = 64
+    """Completions drawn at once by the sampler of this process; fixes the order of random numbers."""
+
+    # -- batch and optimisation ----------------------------------------------------------------------------
+    prompts_per_iteration: int = 32
+    """Prompts drawn for each iteration, all processes together."""
+    steps_per_iteration: int = 8
+    """Optimiser steps per pass over the iteration's completions: as many minibatches of whole groups."""
+    num_iterations: int = 1
+    """Passes (epochs) over the completions of one iteration."""
+    tokens_per_micro_batch: int = 8192
+    """Tokens in one forward pass; sets the memory of training, never its result."""
+    learning_rate: float = 1e-5
+    """Peak learning rate."""
+    lr_scheduler_type: str = "constant"
+    """Any schedule of transformers: constant, linear, cosine, ..."""
+    lr_scheduler_kwargs: dict[str, Any] = field(default_factory=dict)
+    """Further arguments of the schedule."""
+    warmup_steps: float = 0.0
+    """Optimiser steps of warm-up; below 1, their share of all."""
+    optim: str = "adamw_torch"
+    """Any optimiser name of transformers."""
+    weight_decay: float = 0.0
+    """Weight decay of the optimiser."""
+    adam_beta1: float = 0.9
+    """First moment's decay."""
+    adam_beta2: float = 0.999
+    """Second moment's decay."""
+    adam_epsilon: float = 1e-8
+    """Adam's epsilon."""
+    max_grad_norm: float = 1.0
+    """Longest gradient; 0 for no clipping."""
+    average: float = 0.0
+    """Memory of the average of the iterates that is evaluated and saved, as a share of all steps so far; 0: the last iterate."""
+    bf16: bool = False
+    """Mixed precision on bfloat16."""
+    fp16: bool = False
+    """Mixed precision on float16 (CUDA only)."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, a third more time."""
+    early_stop: bool = False
+    """Keep a share of each iteration's groups out of training and stop its steps when the R^2 on them no longer rises."""
+    held_out: float = 0.125
+    """That share, with early_stop."""
+
+    # -- the run -------------------------------------------------------------------------------------------
+    output_dir: str = "rebel-run"
+    """Folder of the run: settings, metrics, checkpoints, the tuned model, report.html."""
+    overwrite_output_dir: bool = False
+    """Delete what a former run left in output_dir."""
+    iterations: int | None = None
+    """Iterations of sampling and regressing; this or max_steps is given."""
+    max_steps: int = -1
+    """Optimiser steps, instead of iterations; rounded up to whole iterations."""
+    seed: int = 42
+    """Seed of prompts, sampling and shuffling."""
+    use_cpu: bool = False
+    """Stay on the CPU."""
+    logging_steps: int = 1
+    """Optimiser steps between reports; an iteration is reported once, at its end."""
+    eval_strategy: Literal["no", "steps"] = "steps"
+    """Whether to evaluate during the run, at the ends of iterations. The first and last evaluation are made in any case."""
+    eval_steps: int = 80
+    """Optimiser steps between evaluations, rounded up to whole iterations."""
+    eval_generations: int = 1
+    """Completions per prompt of an evaluation."""
+    eval_temperature: float | None = None
+    """Temperature of evaluation; 0 is greedy. Unset: the temperature of training."""
+    save_strategy: Literal["no", "steps"] = "steps"
+    """Whether to write checkpoints during the run."""
+    save_steps: int = 80
+    """Optimiser steps between checkpoints, rounded up to whole iterations."""
+    save_total_limit: int | None = 2
+    """How many checkpoints to keep."""
+    load_best_model_at_end: bool = False
+    """Save the policy of the best evaluation as the result."""
+    metric_for_best_model: str = "eval/reward"
+    """The metric of the best evaluation."""
+    greater_is_better: bool = True
+    """Whether a larger value is better."""
+    resume_from_checkpoint: str | bool | None = None
+    """A checkpoint folder, or true for the latest one in output_dir (--resume)."""
+    report_to: list[str] = field(default_factory=lambda: ["none"])
+    """Trackers of transformers: tensorboard, wandb, trackio, mlflow, ..., all or none."""
+    run_name: str | None = None
+    """Name of the run in the trackers."""
+    disable_tqdm: bool = False
+    """No progress bars."""
+    push_to_hub: bool = False
+    """Upload the result."""
+    hub_model_id: str | None = None
+    """Repository to upload to."""
+
+    # -- TRL's batch arguments, translated ---------------------------------------------------------------------
+    per_device_train_batch_size: int | None = None
+    """TRL: completions per device and micro-batch. Translated into prompts_per_iteration and steps_per_iteration."""
+    gradient_accumulation_steps: int | None = None
+    """TRL: translated likewise."""
+    generation_batch_size: int | None = None
+    """TRL: completions per generation, translated likewise."""
+    steps_per_generation: int | None = None
+    """TRL: translated likewise."""

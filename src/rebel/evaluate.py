@@ -1,0 +1,80 @@
+"""How good the policy is now: its reward on held-out prompts, and how far it has gone from the initial policy."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from rebel.types import Completion, Scored
+
+LogProbs = Callable[[Sequence], Float[Tensor, " N"]]
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """Numbers of one evaluation, and some of its completions for the eye."""
+
+    metrics: dict[str, float]
+    samples: list[dict]
+
+
+def evaluate(scored: Sequence[Scored], policy: LogProbs, reference: LogProbs | None, show: int = 8) -> Evaluation:
+    """Mean reward with its standard error over prompts, KL to the initial policy in nats, and lengths."""
+    completions = [c for group in scored for c in group.rollout.completions]
+    metrics = {
+        **reward_metrics(scored),
+        "eval/length": mean(length(c) for c in completions),
+        "eval/unfinished": mean(float(not c.finished) for c in completions),
+    }
+    if reference is not None:
+        traces = [c.trace for c in completions]
+        metrics["eval/kl_initial"] = float((policy(traces) - reference(traces)).mean())
+    return Evaluation(metrics, [sample_row(group) for group in scored[:show]])
+
+
+def reward_metrics(scored: Sequence[Scored]) -> dict[str, float]:
+    """Means over prompts, so that prompts and not completions count, with the standard error of that mean."""
+    rewards = torch.stack([group.rewards.double().nanmean() for group in scored])
+    rewards = rewards[~rewards.isnan()]
+    names = scored[0].components if len(scored) else {}
+    components = {name: torch.cat([group.components[name].double() for group in scored]).nanmean() for name in names}
+    return {
+        "eval/reward": float(rewards.mean()),
+        "eval/reward_stderr": float(rewards.std() / math.sqrt(len(rewards))) if len(rewards) > 1 else math.nan,
+        **{f"eval/rewards/{name}": float(value) for name, value in components.items()},
+    }
+
+
+def sample_row(group: Scored) -> dict:
+    """The first completion of a prompt, as text."""
+    reward = float(group.rewards[0])
+    return {
+        "prompt": text(group.rollout.prompt.content),
+        "completion": text(group.rollout.completions[0].content),
+        "reward": None if math.isnan(reward) else reward,
+    }
+
+
+def text(content: object) -> str:
+    """What a person reads of a prompt or a completion."""
+    if isinstance(content, str):
+        return content
+    if isinstance(content, list) and all(isinstance(m, dict) for m in content):
+        return "\n".join(f"{m.get('role')}: {m.get('content')}" for m in content)
+    return repr(content)
+
+
+def length(completion: Completion) -> int:
+    """Tokens of a completion; 0 where a trace has no length."""
+    trace = completion.trace
+    return len(getattr(trace, "completion", ()))
+
+
+def mean(values: Sequence[float] | object) -> float:
+    numbers = list(values)  # type: ignore[call-overload]
+    return sum(numbers) / len(numbers) if numbers else math.nan

@@ -1,0 +1,203 @@
+"""The second half of an iteration: theta_{t+1} by least squares, how well it fits, and how far it moved the policy."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rebel import measures
+from rebel.algorithm import Fit, collate, explained, regress, regression_batch
+from rebel.data import shuffled
+from rebel.learner import Learner
+from rebel.stepsize import StepRule
+from rebel.types import LogProb, Pairing, Scored
+
+LogRatios = dict[int, Tensor]
+Phase = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
+
+
+@dataclass(frozen=True, slots=True)
+class Regression:
+    """How an iteration regresses: minibatches of whole groups, pairs, step and price of the KL."""
+
+    steps: int
+    passes: int
+    pairing: Pairing
+    step_rule: StepRule
+    beta: float = 0.0
+    held_out: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """The groups of an iteration with log pi_t and log pi_ref by index (where known), and the step eta'."""
+
+    groups: Sequence[Scored]
+    anchor: dict[int, Tensor]
+    reference: dict[int, Tensor]
+    step: float
+
+    def moved(self, indices: Iterable[int], logp: Tensor) -> list[Tensor]:
+        """log pi_theta - log pi_t of some groups."""
+        indices = list(indices)
+        sizes = [len(self.groups[i].rollout.completions) for i in indices]
+        return [own - self.anchor[i] for i, own in zip(indices, logp.split(sizes), strict=True)]
+
+
+def fit(
+    learner: Learner,
+    reference: LogProb | None,
+    groups: Sequence[Scored],
+    how: Regression,
+    seed: int,
+    correction: float,
+    phase: Phase,
+) -> measures.Measures:
+    """Regress one iteration's groups onto their rewards; returns what was measured on the way."""
+    began = time.perf_counter()
+    held, minibatches = split(len(groups), how, seed)
+    with phase("scoring", 1) as done:
+        problem = pose(learner, reference, groups, how, minibatches, correction)
+        done(1)
+    scored = time.perf_counter()
+    with phase("training", len(minibatches)) as done:
+        fits = take_steps(learner, problem, how, minibatches, held, done)
+    probe = held or list(fits[-1].groups)
+    after = score(learner, learner.policy.log_prob, groups, probe)
+    ended = time.perf_counter()
+    return {
+        **measures.of_fits(fits, problem.step),
+        **of_probe(problem, how, probe, after, in_sample=not held),
+        **of_anchors(problem),
+        "eta": problem.step,
+        "grad_norm": learner.grad_norm,
+        "learning_rate": learner.learning_rate,
+        "seconds/scoring": scored - began,
+        "seconds/training": ended - scored,
+    }
+
+
+def split(count: int, how: Regression, seed: int) -> tuple[list[int], list[list[int]]]:
+    """Indices held out of training, and those of each optimiser step, shuffled anew for each pass."""
+    order = shuffled(count, seed)
+    held, rest = order[: int(count * how.held_out)], order[int(count * how.held_out) :]
+    steps = min(how.steps, len(rest))
+    minibatches = []
+    for number in range(how.passes):
+        mixed = [rest[k] for k in shuffled(len(rest), seed, number)]
+        minibatches += [mixed[k::steps] for k in range(steps)]
+    return held, minibatches
+
+
+def pose(
+    learner: Learner,
+    reference: LogProb | None,
+    groups: Sequence[Scored],
+    how: Regression,
+    minibatches: Sequence[Sequence[int]],
+    correction: float,
+) -> Problem:
+    """Anchors of all but the first minibatch (which needs none), references of all, and the step."""
+    everyone = range(len(groups))
+    unseen = [i for i in everyone if i not in set(minibatches[0])]
+    anchor = score(learner, learner.policy.log_prob, groups, unseen)
+    given = score(learner, reference, groups, everyone) if reference else {}
+    shaping = {i: anchor[i] - given[i] for i in anchor if i in given} if how.beta else {}
+    variance = measures.margin_variance(groups, shaping, how.beta)
+    return Problem(groups, anchor, given, how.step_rule.step(variance, correction))
+
+
+def score(learner: Learner, log_prob: LogProb, groups: Sequence[Scored], which: Iterable[int]) -> dict[int, Tensor]:
+    """log-probabilities of some groups, by index."""
+    which = list(which)
+    if not which:
+        return {}
+    logp = learner.score(log_prob, [trace for i in which for trace in groups[i].rollout.traces])
+    return dict(zip(which, logp.split([len(groups[i].rollout.completions) for i in which]), strict=True))
+
+
+def take_steps(
+    learner: Learner,
+    problem: Problem,
+    how: Regression,
+    minibatches: Sequence[Sequence[int]],
+    held: Sequence[int],
+    done: Callable[[int], None],
+) -> list[Fit]:
+    """One optimiser step a minibatch, until the policy has moved far enough or no longer fits what is held out."""
+    fits: list[Fit] = []
+    fitted: list[float] = []
+    for now in regress(
+        problem.groups,
+        minibatches,
+        learner.update,
+        pairing=how.pairing,
+        step=problem.step,
+        beta=how.beta,
+        anchor=problem.anchor,
+        reference=problem.reference,
+    ):
+        fits.append(now)
+        done(1)
+        if now.fresh and moved_kl(problem, fits[-1:]) > how.step_rule.limit:
+            break
+        if held:
+            fitted.append(held_out_fit(learner, problem, how, held))
+            if max(fitted) > max(fitted[-2:]):
+                break
+    return fits
+
+
+def moved_kl(problem: Problem, fits: Sequence[Fit]) -> float:
+    """KL of the policy before these steps to pi_t, in nats, on the completions of the steps."""
+    return measures.half_variance(torch.cat([fit.logp - fit.batch.anchor_logp for fit in fits]))
+
+
+def held_out_fit(learner: Learner, problem: Problem, how: Regression, held: Sequence[int]) -> float:
+    return r_squared_of(problem, how, score(learner, learner.policy.log_prob, problem.groups, held))
+
+
+def r_squared_of(problem: Problem, how: Regression, logp: dict[int, Tensor]) -> float:
+    """R^2 of the regression on some groups at these log-probabilities."""
+    batch = collate(
+        [
+            regression_batch(
+                problem.groups[i],
+                how.pairing,
+                problem.anchor[i],
+                problem.reference.get(i),
+                how.beta,
+                len(logp),
+            )
+            for i in logp
+        ]
+    )
+    residual, total = explained(torch.cat(list(logp.values())), batch, problem.step).tolist()
+    return 1 - residual / total if total else math.nan
+
+
+def of_probe(
+    problem: Problem, how: Regression, probe: Sequence[int], after: dict[int, Tensor], in_sample: bool
+) -> measures.Measures:
+    """Fit and movement after the last step, on the groups held out or on those of the last minibatch."""
+    log_ratios = [after[i] - problem.anchor[i] for i in probe]
+    return {
+        "r2_in_sample" if in_sample else "r2_held_out": r_squared_of(problem, how, after),
+        "kl_iteration": measures.half_variance(torch.cat(log_ratios)),
+        **measures.best_and_worst([problem.groups[i] for i in probe], log_ratios),
+    }
+
+
+def of_anchors(problem: Problem) -> measures.Measures:
+    """Entropy per token and KL to the initial policy, of pi_t on its own completions."""
+    tokens = sum(measures.length(c) for i in problem.anchor for c in problem.groups[i].rollout.completions)
+    nats = float(sum(logp.sum() for logp in problem.anchor.values()))
+    away = [problem.anchor[i] - problem.reference[i] for i in problem.anchor if i in problem.reference]
+    found = {"entropy": -nats / tokens} if tokens else {}
+    return found | ({"kl_initial": float(torch.cat(away).mean())} if away else {})

@@ -1,0 +1,129 @@
+"""What TRL's names become here: its batch arguments translated, the arguments without a meaning explained."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from fnmatch import fnmatch
+
+from rebel.config import RebelConfig
+from rebel.errors import RebelError
+
+_NO_CLIPPING = "a regression clips no ratio; the length of a step is --eta, or --kl_per_iteration with --eta auto"
+_ONE_LOSS = "there is one loss, the regression; --pairing and --kl choose its form"
+_ITERATIONS = "give --iterations or --max_steps; --num_iterations is the passes over an iteration's completions"
+_REFERENCE = "the initial policy stays as it is; --beta is the price of leaving it"
+_ENTROPY = "there is no bonus on the entropy; --beta keeps the policy near the initial one"
+_ITSELF = "--dtype, --attn_implementation and --trust_remote_code are settings of their own"
+
+ELSEWHERE = {
+    "epsilon*": _NO_CLIPPING,
+    "delta": _NO_CLIPPING,
+    "importance_sampling_level": _NO_CLIPPING,
+    "loss_type": _ONE_LOSS,
+    "num_train_epochs": _ITERATIONS,
+    "num_ppo_epochs": _ITERATIONS,
+    "use_vllm": "completions are drawn in the training process, --sampling_batch at a time",
+    "vllm_*": "completions are drawn in the training process, --sampling_batch at a time",
+    "mask_truncated_completions": "use --drop_truncated",
+    "num_generations_eval": "use --eval_generations",
+    "per_device_eval_batch_size": "use --sampling_batch",
+    "auto_find_batch_size": "memory is bounded by --tokens_per_micro_batch, which never changes the result",
+    "warmup_ratio": "use --warmup_steps with a share below 1",
+    "torch_dtype": "use --dtype",
+    "model_init_kwargs": _ITSELF,
+    "generation_kwargs": "completions are drawn from the plain distribution at --temperature",
+    "disable_dropout": "dropout is always off",
+    "lora_dropout": "dropout is always off",
+    "load_in_8bit": "use --load_in_4bit",
+    "sync_ref_model": _REFERENCE,
+    "ref_model_*": _REFERENCE,
+    "kl_coef": "use --beta, which is in reward per nat of a whole completion",
+    "entropy_*": _ENTROPY,
+    "top_entropy_quantile": _ENTROPY,
+    "use_liger_kernel": "log-probabilities are taken in chunks in any case",
+    "remove_unused_columns": "every column reaches the reward functions",
+    "log_completions": "samples.jsonl and report.html show completions in any case",
+    "reward_model_*": "put the reward model's name or folder into --reward_funcs",
+    "fsdp*": "use `accelerate launch -m rebel train ...` with its own configuration",
+    "deepspeed": "use `accelerate launch -m rebel train ...` with its own configuration",
+}
+
+BATCH = (
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "generation_batch_size",
+    "steps_per_generation",
+)
+_DEFAULT = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1}
+
+
+def explanation(name: str) -> str | None:
+    """Where the meaning of an argument of TRL or transformers went, for those that users bring along."""
+    return next((reason for pattern, reason in ELSEWHERE.items() if fnmatch(name, pattern)), None)
+
+
+def translate_batch(config: RebelConfig, world_size: int) -> tuple[RebelConfig, list[str]]:
+    """The settings in words of prompts and steps, and lines that say how they follow from TRL's arguments."""
+    given = {name: value for name in BATCH if (value := getattr(config, name)) is not None}
+    if not given:
+        return config, []
+    _check_counts(given)
+    completions, minibatches = _generation(given, world_size)
+    ours = {
+        "prompts_per_iteration": _whole(completions, config.num_generations, "completions", "num_generations"),
+        "steps_per_iteration": _steps(minibatches, given),
+    }
+    _check_agreement(config, ours)
+    translated = replace(config, **ours, **dict.fromkeys(BATCH))
+    return translated, _lines(given, world_size, completions, translated)
+
+
+def _check_counts(given: dict[str, int]) -> None:
+    for name, value in given.items():
+        if value < 1:
+            raise RebelError(f"--{name} {value}: use 1 or more")
+    if "generation_batch_size" in given and "steps_per_generation" in given:
+        raise RebelError("--generation_batch_size and --steps_per_generation say the same; give one of them")
+
+
+def _generation(given: dict[str, int], world_size: int) -> tuple[int, int]:
+    """Completions of one generation over all processes, and the micro-batches that TRL cuts them into."""
+    settings = _DEFAULT | given
+    at_once = settings["per_device_train_batch_size"] * world_size
+    if "generation_batch_size" in given:
+        completions = given["generation_batch_size"]
+        at_once_name = "per_device_train_batch_size x processes"
+        return completions, _whole(completions, at_once, "generation_batch_size", at_once_name)
+    minibatches = settings.get("steps_per_generation", settings["gradient_accumulation_steps"])
+    return at_once * minibatches, minibatches
+
+
+def _steps(minibatches: int, given: dict[str, int]) -> int:
+    accumulated = given.get("gradient_accumulation_steps", 1)
+    return _whole(minibatches, accumulated, "steps_per_generation", "gradient_accumulation_steps")
+
+
+def _whole(total: int, part: int, total_name: str, part_name: str) -> int:
+    if part < 1 or total % part or total < part:
+        raise RebelError(f"{total} ({total_name}) is no multiple of {part} ({part_name}); change one of them")
+    return total // part
+
+
+def _check_agreement(config: RebelConfig, ours: dict[str, int]) -> None:
+    for name, value in ours.items():
+        if getattr(config, name) not in (value, getattr(RebelConfig, name)):
+            raise RebelError(
+                f"--{name} {getattr(config, name)} contradicts TRL's batch arguments, which say {value}; "
+                f"give either --{name} or " + ", ".join(f"--{name}" for name in BATCH)
+            )
+
+
+def _lines(given: dict[str, int], world_size: int, completions: int, ours: RebelConfig) -> list[str]:
+    said = ", ".join(f"{name} {value}" for name, value in (_DEFAULT | given).items())
+    processes = "1 process" if world_size == 1 else f"{world_size} processes"
+    return [
+        f"TRL's {said} on {processes}: {completions} completions an iteration. In our words:",
+        f"  prompts_per_iteration {ours.prompts_per_iteration} (of {ours.num_generations} completions)",
+        f"  steps_per_iteration {ours.steps_per_iteration} (and num_iterations {ours.num_iterations})",
+        f"  tokens_per_micro_batch {ours.tokens_per_micro_batch} (this alone sets the memory of training)",
+    ]

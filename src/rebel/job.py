@@ -1,0 +1,147 @@
+"""A run from its first line to its last: `rebel train` and `rebel sample`."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+import datasets
+import transformers
+from peft import AutoPeftModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from rebel.build import Job, build_job, build_model, build_prompts, build_reward, build_tokenizer, loaded
+from rebel.checkpoint import Progress, all_checkpoints, load
+from rebel.config import RebelConfig
+from rebel.errors import RunStopped
+from rebel.evaluate import text as text_of
+from rebel.policies.causal_lm import causal_lm
+from rebel.record import (
+    BEST,
+    FAILED,
+    METRICS,
+    SETTINGS,
+    Recorder,
+    checkpoint_to_resume,
+    claim_folder,
+    fingerprint,
+)
+from rebel.report import write_report
+from rebel.rewards.functions import Notes, RewardFailed
+from rebel.samplers.generate import Generate
+from rebel.settings import read_yaml, resolve
+from rebel.train import train
+from rebel.types import Prompt
+
+
+def carry_out(job: Job, resume: Path | None = None) -> Progress:
+    """Train until the end, or until something stops it: then what resumes the run is on disk."""
+    recorder, run = job.recorder, job.run
+    progress = load(resume, run.learner, fingerprint(job.config)) if resume else Progress()
+    recorder.begin(progress, job.iterations * run.regression.steps * run.regression.passes)
+    try:
+        with recorder.heeding_signals():
+            train(run, progress, job.iterations)
+    except RunStopped as stopped:
+        raise explained(stopped, job, progress) from stopped
+    if progress.iteration < job.iterations and recorder.signalled:
+        recorder.checkpoint(progress)
+        finish(recorder)
+        raise RunStopped(f"{recorder.signalled} after iteration {progress.iteration}. {how_to_resume(job)}")
+    keep_result(job)
+    finish(recorder)
+    return progress
+
+
+def explained(stopped: RunStopped, job: Job, progress: Progress) -> RunStopped:
+    """The reason with what is on disk: the checkpoint, and what a reward function failed on."""
+    job.recorder.checkpoint(progress)
+    note = ""
+    if isinstance(stopped, RewardFailed):
+        note = f" Prompt and completion are in {job.recorder.write_failure(stopped)}."
+    finish(job.recorder)
+    return RunStopped(f"{stopped}.{note} {how_to_resume(job)}".replace("..", "."))
+
+
+def how_to_resume(job: Job) -> str:
+    found = all_checkpoints(job.recorder.folder)
+    if not found:
+        return "There is no checkpoint yet: start again"
+    return f"{found[-1]} is complete; go on with: rebel train {job.recorder.folder / SETTINGS} --resume"
+
+
+def keep_result(job: Job) -> None:
+    """The tuned model in the output folder itself: the last iterate, or the best one evaluated."""
+    recorder = job.recorder
+    recorder.learner.accelerator.wait_for_everyone()
+    if not recorder.main:
+        return
+    best = recorder.folder / BEST
+    if job.config.load_best_model_at_end and best.exists():
+        shutil.copytree(best, recorder.folder, dirs_exist_ok=True)
+    else:
+        recorder.save_model(recorder.folder)
+
+
+def finish(recorder: Recorder) -> None:
+    """Close what listens, and write the report of what there is."""
+    recorder.trackers.end()
+    if recorder.main and (recorder.folder / METRICS).exists():
+        recorder.terminal.say(f"report: {write_report(recorder.folder)}")
+
+
+def run_training(config: RebelConfig, dry_run: bool = False) -> None:
+    """`rebel train`: everything from its settings. Prints the plan, and with `dry_run` nothing more."""
+    quiet()
+    resume = checkpoint_to_resume(config)
+    prompts = build_prompts(config)
+    tokenizer = build_tokenizer(config)
+    build_reward(config, Notes()).check(prompts[0])
+    model = build_model(config)
+    job = build_job(config, model, tokenizer, partial(build_reward, config), prompts)
+    for line in job.plan:
+        job.recorder.terminal.say(line)
+    if dry_run:
+        return
+    claim_folder(config, resume is not None)
+    carry_out(job, resume)
+    job.recorder.terminal.say(f"model:  {job.recorder.folder}")
+    if config.push_to_hub:
+        push(job)
+
+
+def quiet() -> None:
+    """Leave the terminal to the run's own table: no bars for loading and writing files."""
+    transformers.utils.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+
+
+def push(job: Job) -> str:
+    """Upload the output folder's model; the address of it."""
+    from huggingface_hub import HfApi
+
+    name = job.config.hub_model_id or job.recorder.folder.name
+    api = HfApi()
+    repository = api.create_repo(name, exist_ok=True).repo_id
+    ignore = ["checkpoint-*/*", f"{BEST}/*", FAILED]
+    return api.upload_folder(repo_id=repository, folder_path=job.recorder.folder, ignore_patterns=ignore)
+
+
+def sample(
+    run_dir: Path, prompts: Sequence[str], n: int, temperature: float | None, max_new_tokens: int | None
+) -> list[list[str]]:
+    """`rebel sample`: completions of the prompts by the tuned model of a run."""
+    config = resolve(read_yaml(run_dir / SETTINGS)) if (run_dir / SETTINGS).exists() else RebelConfig()
+    adapter = (run_dir / "adapter_config.json").exists()
+    kind = AutoPeftModelForCausalLM if adapter else AutoModelForCausalLM
+    model = loaded(str(run_dir), "model", partial(kind.from_pretrained, run_dir))
+    tokenizer = loaded(str(run_dir), "tokenizer", partial(AutoTokenizer.from_pretrained, run_dir))
+    policy = causal_lm(model.eval(), tokenizer, chat_template_kwargs=config.chat_template_kwargs)
+    asked = [
+        Prompt(text if tokenizer.chat_template is None else [{"role": "user", "content": text}]) for text in prompts
+    ]
+    heat = config.temperature if temperature is None else temperature
+    draw = Generate(policy, max_new_tokens or config.max_completion_length, heat)
+    return [[text_of(c.content) for c in rollout.completions] for rollout in draw(asked, n, config.seed)]

@@ -1,0 +1,218 @@
+"""Moves the policy: optimiser steps along sum(c * grad log pi), trace by trace, on accelerate.
+
+A micro-batch is filled by what its traces cost (tokens, for text) and has no say in the result.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from rebel.algorithm import Weigh
+from rebel.errors import RunStopped
+from rebel.types import LogProb, Policy
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A micro-batch: places of its traces in the minibatch, and of its groups if it holds them whole."""
+
+    traces: tuple[int, ...]
+    groups: tuple[int, ...] | None = None
+
+
+def fill(costs: Sequence[int], budget: int) -> list[list[int]]:
+    """Items packed into batches, each of at most `budget` = its number of items times the cost of its dearest.
+
+    Items of like cost come together, and one dearer than the budget is alone.
+    """
+    batches: list[list[int]] = []
+    dearest = 0
+    for item in sorted(range(len(costs)), key=lambda i: -costs[i]):
+        if not batches or (len(batches[-1]) + 1) * dearest > budget:
+            batches.append([])
+            dearest = costs[item]
+        batches[-1].append(item)
+    return batches
+
+
+def plan(groups: Sequence[Sequence[int]], budget: int) -> list[Piece]:
+    """Micro-batches of a minibatch whose traces cost `groups`: whole groups where they fit, else single traces."""
+    starts = [sum(map(len, groups[:k])) for k in range(len(groups))]
+    places = [tuple(range(start, start + len(group))) for start, group in zip(starts, groups, strict=True)]
+    padded = [len(group) * max(group) for group in groups]
+    small = [k for k in range(len(groups)) if padded[k] <= budget]
+    whole = [[small[i] for i in batch] for batch in fill([padded[k] for k in small], budget)]
+    loose = [place for k in range(len(groups)) if padded[k] > budget for place in places[k]]
+    cost = [c for group in groups for c in group]
+    split = fill([cost[place] for place in loose], budget)
+    return [Piece(tuple(p for k in batch for p in places[k]), tuple(batch)) for batch in whole] + [
+        Piece(tuple(loose[i] for i in batch)) for batch in split
+    ]
+
+
+def share(pieces: Sequence[Piece], rank: int, world: int) -> list[Piece | None]:
+    """What one of `world` processes does: all do the same number, the missing ones are None (weight zero)."""
+    padded = [*pieces, *[None] * (-len(pieces) % world)]
+    return padded[rank::world]
+
+
+@dataclass
+class Learner:
+    """A policy with its optimiser. `average` is the memory of the averaged iterate as a share of all steps; 0 for none."""
+
+    accelerator: Accelerator
+    policy: Policy
+    module: nn.Module
+    optimizer: torch.optim.Optimizer
+    scheduler: Any
+    budget: int
+    max_grad_norm: float = 0.0
+    average: float = 0.0
+    steps: int = 0
+    grad_norm: float = math.nan
+    averaged: list[Tensor] = field(default_factory=list)
+
+    @property
+    def weights(self) -> list[Tensor]:
+        """The parameters that are trained."""
+        return [weight for weight in self.module.parameters() if weight.requires_grad]
+
+    @torch.no_grad()
+    def score(self, log_prob: LogProb, traces: Sequence[Any]) -> Float[Tensor, " N"]:
+        """log pi(y|x) of the traces, in nats; every process scores its share and all get the numbers."""
+        costs = [self.policy.cost(trace) for trace in traces]
+        pieces = [Piece(tuple(batch)) for batch in fill(costs, self.budget)]
+        logp = self.zeros(len(traces))
+        for piece in share(pieces, self.accelerator.process_index, self.accelerator.num_processes):
+            places = piece.traces if piece else (0,)
+            with self.accelerator.autocast():
+                own = log_prob([traces[i] for i in places]).sum(dim=1)
+            if piece:
+                logp[list(places)] = own.to(logp)
+        return self.total(logp)
+
+    def update(self, groups: Sequence[Sequence[Any]], weigh: Weigh) -> Float[Tensor, " N"]:
+        """One optimiser step along sum(c * grad log pi); returns the log-probabilities from before it.
+
+        A micro-batch of whole groups finds its own c from its forward pass. Groups that are too large for one
+        are scored first, without gradient; both give the same gradient.
+        """
+        traces = [trace for group in groups for trace in group]
+        pieces = plan([[self.policy.cost(trace) for trace in group] for group in groups], self.budget)
+        given = self.weights_of_split_groups(groups, pieces, weigh)
+        mine = share(pieces, self.accelerator.process_index, self.accelerator.num_processes)
+        logp = self.zeros(len(traces))
+        for number, piece in enumerate(mine):
+            with nullcontext() if number + 1 == len(mine) else self.accelerator.no_sync(self.module):
+                self.back_propagate(piece, traces, weigh, given, logp)
+        self.step()
+        return self.total(logp)
+
+    def weights_of_split_groups(
+        self, groups: Sequence[Sequence[Any]], pieces: Sequence[Piece], weigh: Weigh
+    ) -> dict[int, float]:
+        """c of the traces whose groups do not fit into one micro-batch, by place in the minibatch."""
+        loose = {place for piece in pieces if piece.groups is None for place in piece.traces}
+        if not loose:
+            return {}
+        starts = [sum(map(len, groups[:k])) for k in range(len(groups))]
+        large = [k for k in range(len(groups)) if starts[k] in loose]
+        places = [starts[k] + i for k in large for i in range(len(groups[k]))]
+        logp = self.score(self.policy.log_prob, [trace for k in large for trace in groups[k]])
+        return dict(zip(places, weigh(large, logp).tolist(), strict=True))
+
+    def back_propagate(
+        self, piece: Piece | None, traces: Sequence[Any], weigh: Weigh, given: dict[int, float], logp: Tensor
+    ) -> None:
+        """The backward pass of one micro-batch; notes its log-probabilities in `logp`. None: a filler of weight zero."""
+        places = piece.traces if piece else (0,)
+
+        def weights(own: Float[Tensor, "n S"]) -> Float[Tensor, "n S"]:
+            if piece is None:
+                return torch.zeros_like(own)
+            total = own.sum(dim=1).to(logp)
+            pull = weigh(piece.groups, total) if piece.groups else total.new_tensor([given[i] for i in places])
+            # DDP takes the mean over processes, where the sum is meant
+            return (pull * self.accelerator.num_processes).to(own)[:, None].expand_as(own)
+
+        with self.accelerator.autocast():
+            own = self.policy.backward([traces[i] for i in places], weights, self.accelerator.backward)
+        if piece:
+            logp[list(places)] = own.sum(dim=1).to(logp)
+
+    def step(self) -> None:
+        """Clip, step, and take the new iterate into the average."""
+        limit = self.max_grad_norm or math.inf
+        norm = self.accelerator.clip_grad_norm_(self.module.parameters(), limit)
+        self.grad_norm = float(norm) if norm is not None else math.nan
+        if not math.isfinite(self.grad_norm) and self.accelerator.scaler is None:
+            raise RunStopped(
+                f"the gradient of optimiser step {self.steps + 1} is {self.grad_norm}; nothing was updated"
+            )
+        self.optimizer.step()
+        self.scheduler.step()
+        self.optimizer.zero_grad()
+        self.steps += 1
+        self.take_into_average()
+
+    @torch.no_grad()
+    def take_into_average(self) -> None:
+        """The average remembers about the last `average` share of all steps: it starts short and grows with the run."""
+        if not self.average:
+            return
+        if not self.averaged:
+            self.averaged = [weight.detach().clone() for weight in self.weights]
+        gain = min(1.0, 1.0 / (self.average * self.steps))
+        for mean, weight in zip(self.averaged, self.weights, strict=True):
+            mean.lerp_(weight, gain)
+
+    @contextmanager
+    def use_average(self) -> Iterator[None]:
+        """Within this context the policy is the averaged iterate, if one is kept."""
+        self.swap()
+        try:
+            yield
+        finally:
+            self.swap()
+
+    @torch.no_grad()
+    def swap(self) -> None:
+        for mean, weight in zip(self.averaged, self.weights if self.averaged else [], strict=True):
+            kept = weight.detach().clone()
+            weight.copy_(mean)
+            mean.copy_(kept)
+
+    def zeros(self, count: int) -> Tensor:
+        return torch.zeros(count, dtype=torch.float64)
+
+    def total(self, numbers: Tensor) -> Tensor:
+        """The sum over processes."""
+        if self.accelerator.num_processes == 1:
+            return numbers
+        return self.accelerator.reduce(numbers.to(self.accelerator.device), reduction="sum").cpu()
+
+    @property
+    def learning_rate(self) -> float:
+        return float(self.optimizer.param_groups[0]["lr"])
+
+
+def learner(
+    accelerator: Accelerator,
+    policy: Policy,
+    optimizer: Callable[[list[Tensor]], torch.optim.Optimizer],
+    scheduler: Callable[[torch.optim.Optimizer], Any],
+    **settings: Any,
+) -> Learner:
+    """A learner of `policy`, whose scorer accelerate has prepared for this machine and number of processes."""
+    optim = optimizer([w for w in policy.scorer.parameters() if w.requires_grad])
+    module, optim = accelerator.prepare(policy.scorer, optim)
+    return Learner(accelerator, replace(policy, scorer=module), module, optim, scheduler(optim), **settings)

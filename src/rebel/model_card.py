@@ -1,0 +1,71 @@
+"""The model card: how the policy in a folder was made, from numbers alone."""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+
+from rebel.config import RebelConfig
+from rebel.learner import Learner
+
+CARD = """\
+---
+library_name: {library}
+base_model: {base}
+tags: [rebel, reinforcement-learning]
+---
+
+# {name}
+
+{base} tuned with [REBEL](https://arxiv.org/abs/2404.16767): several completions of a prompt are drawn, and the
+differences of their log-probability ratios to the policy that drew them are regressed onto the differences of their
+rewards.
+
+| setting | value |
+| --- | --- |
+{rows}
+
+Made with rebel-rl {rebel}, transformers {transformers}, torch {torch}, after {steps} optimiser steps{average}.
+
+```bibtex
+@inproceedings{{gao2024rebel,
+  title = {{REBEL: Reinforcement Learning via Regressing Relative Rewards}},
+  author = {{Gao, Zhaolin and Chang, Jonathan D. and Zhan, Wenhao and Oertell, Owen and Swamy, Gokul and
+            Brantley, Kiant{{\\'e}} and Joachims, Thorsten and Bagnell, J. Andrew and Lee, Jason D. and Sun, Wen}},
+  booktitle = {{Advances in Neural Information Processing Systems}},
+  year = {{2024}}
+}}
+```
+"""
+
+SHOWN = (
+    "reward_funcs",
+    "dataset_name",
+    "eta",
+    "kl_per_iteration",
+    "beta",
+    "pairing",
+    "num_generations",
+    "prompts_per_iteration",
+    "steps_per_iteration",
+    "num_iterations",
+    "temperature",
+    "max_completion_length",
+    "learning_rate",
+    "seed",
+)
+
+
+def model_card(config: RebelConfig, learner: Learner) -> str:
+    """Markdown with the settings that made the model."""
+    adapter = config.use_peft or bool(config.adapter_path)
+    return CARD.format(
+        library="peft" if adapter else "transformers",
+        base=config.model_name_or_path or "the initial model",
+        name=config.run_name or config.hub_model_id or "REBEL policy",
+        rows="\n".join(f"| {name} | {getattr(config, name)} |" for name in SHOWN),
+        rebel=version("rebel-rl"),
+        transformers=version("transformers"),
+        torch=version("torch"),
+        steps=learner.steps,
+        average=f", averaged over about the last {config.average:.0%} of them" if config.average else "",
+    )

@@ -1,0 +1,90 @@
+"""What a run is going to do, in words and numbers, before it does it; with an estimate of its memory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from rebel.config import RebelConfig
+from rebel.policies.causal_lm import CHUNK_ELEMENTS
+
+GIB = 2**30
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """Bytes that one process needs at most, by what they are for."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    average: int
+    reference: int
+    activations: int
+    logits: int
+
+    @property
+    def total(self) -> int:
+        return sum(getattr(self, name) for name in self.__slots__)
+
+
+def estimate(model: nn.Module, config: RebelConfig, reference_is_copy: bool) -> Memory:
+    """Memory of the update with an AdamW-like optimiser. Sampling needs less: no gradients, one cache."""
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+    shape = model.config.get_text_config()
+    width, layers = shape.hidden_size, shape.num_hidden_layers
+    inner = getattr(shape, "intermediate_size", None) or 4 * width
+    kept = 2 * width if config.gradient_checkpointing else 10 * width + 4 * inner
+    size = 2 if config.bf16 or config.fp16 else max(p.element_size() for p in model.parameters())
+    chunk = min(CHUNK_ELEMENTS, config.tokens_per_micro_batch * shape.vocab_size)
+    return Memory(
+        weights=weights,
+        gradients=trained,
+        optimizer=2 * trained,
+        average=trained if config.average else 0,
+        reference=weights if reference_is_copy else 0,
+        activations=config.tokens_per_micro_batch * layers * kept * size,
+        logits=3 * 4 * chunk,
+    )
+
+
+def describe(
+    config: RebelConfig, prompts: int, evaluated: int, dropped: int, iterations: int, world: int, memory: Memory
+) -> list[str]:
+    """The plan of a run, a line for each thing a user may want to check."""
+    group, steps = config.num_generations, config.steps_per_iteration * config.num_iterations
+    drawn = config.prompts_per_iteration * group
+    passes = f" in {config.num_iterations} passes" if config.num_iterations > 1 else ""
+    per_step = config.prompts_per_iteration / config.steps_per_iteration
+    lost = f"; {dropped:,} longer than fits were dropped" if dropped else ""
+    return [
+        f"prompts      {prompts:,} to train on, {evaluated:,} to evaluate on{lost}",
+        f"iteration    {config.prompts_per_iteration} prompts x {group} completions = {drawn:,} samples of at most "
+        f"{config.max_completion_length} tokens",
+        f"regression   {steps} optimiser steps{passes}, about {per_step:g} prompts ({per_step * group:g} completions) each, "
+        f"{config.pairing} pairs",
+        f"step         {step_in_words(config)}",
+        f"run          {iterations:,} iterations = {iterations * steps:,} optimiser steps, {iterations * drawn:,} samples, "
+        f"{iterations * config.prompts_per_iteration / max(prompts, 1):.2f} passes over the prompts",
+        f"processes    {world}, micro-batches of at most {config.tokens_per_micro_batch:,} tokens (no effect on the result)",
+        f"memory       about {memory.total / GIB:.2f} GiB a process: " + breakdown(memory),
+    ]
+
+
+def step_in_words(config: RebelConfig) -> str:
+    """How far an iteration goes, and what holds it near the initial policy."""
+    price = (
+        f"beta {config.beta:g} reward per nat ({config.kl})"
+        if config.beta
+        else "no price on the KL to the initial policy"
+    )
+    if config.eta == "auto":
+        return f"eta auto: {config.kl_per_iteration:g} nats per completion and iteration; {price}"
+    return f"eta {config.eta:g} nats per unit of reward; {price}"
+
+
+def breakdown(memory: Memory) -> str:
+    parts = [(name, getattr(memory, name)) for name in memory.__slots__]
+    return ", ".join(f"{name} {value / GIB:.2f}" for name, value in parts if value)

@@ -1,0 +1,234 @@
+"""A causal language model as a policy: what it wrote, re-scored token by token at the sampling temperature."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Bool, Float, Int
+from peft import PeftModel
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from trl.trainer.utils import use_adapter
+
+from rebel.errors import RebelError
+from rebel.types import Completion, Content, LogProb, Prompt, TokenTrace
+
+CHUNK_ELEMENTS = 2**24
+"""Most logits held at once: 64 MiB in fp32, whatever the vocabulary."""
+
+
+def token_logp(head: nn.Module, hidden: Tensor, targets: Tensor, temperature: float, softcap: float | None) -> Tensor:
+    logits = head(hidden)
+    logits = logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
+    if softcap:
+        logits = softcap * torch.tanh(logits / softcap)
+    return -cross_entropy(logits / temperature, targets, reduction="none")
+
+
+class Scorer(nn.Module):
+    """The module whose forward is log_prob, so that the hooks of DDP and FSDP fire for it."""
+
+    def __init__(self, model: nn.Module, temperature: float) -> None:
+        super().__init__()
+        self.model = model
+        self.temperature = temperature
+
+    @property
+    def causal(self) -> PreTrainedModel:
+        return self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+
+    def forward(self, ids: Int[Tensor, "N T"], written: Bool[Tensor, "N T"]) -> Float[Tensor, " N"]:
+        """Sum over the tokens marked `written` of log pi(token | what stands before it), in nats and at least fp32.
+
+        Rows are padded on the right, where causal attention cannot see the padding.
+        """
+        causal = self.causal
+        backbone = getattr(causal, causal.base_model_prefix)
+        hidden = backbone(input_ids=ids, use_cache=False).last_hidden_state
+        row, column = written[:, 1:].nonzero(as_tuple=True)
+        logp = self.chunked_logp(hidden[row, column], ids[row, column + 1])
+        return logp.new_zeros(len(ids)).index_add(0, row, logp)
+
+    def chunked_logp(self, hidden: Float[Tensor, "K H"], targets: Int[Tensor, " K"]) -> Float[Tensor, " K"]:
+        """log pi of each target, in pieces: logits of one piece at a time, made again in the backward pass."""
+        causal = self.causal
+        head = causal.get_output_embeddings()
+        softcap = getattr(causal.config.get_text_config(), "final_logit_softcapping", None)
+        size = max(1, CHUNK_ELEMENTS // causal.config.get_text_config().vocab_size)
+        pieces = zip(hidden.split(size), targets.split(size), strict=True)
+        if len(hidden) <= size:  # one piece: holding it costs no more than the bound
+            return token_logp(head, hidden, targets, self.temperature, softcap)
+        return torch.cat(
+            [checkpoint(token_logp, head, h, y, self.temperature, softcap, use_reentrant=False) for h, y in pieces]
+        )
+
+
+@dataclass(frozen=True)
+class CausalLM:
+    """A Hugging Face causal language model (full or with a peft adapter) and its tokenizer."""
+
+    scorer: nn.Module
+    tokenizer: PreTrainedTokenizerBase
+    eos_ids: frozenset[int]
+    chat_template_kwargs: dict
+
+    @property
+    def bare(self) -> Scorer:
+        """The scorer without what wraps it for distribution."""
+        scorer = self.scorer
+        while not isinstance(scorer, Scorer):
+            scorer = scorer.module
+        return scorer
+
+    @property
+    def model(self) -> nn.Module:
+        return self.bare.model
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    def log_prob(self, traces: Sequence[TokenTrace]) -> Float[Tensor, "N 1"]:
+        """log pi(y|x) of every trace in nats; one segment. Independent of the batch a trace is in."""
+        ids, written = pad_right(traces, self.device)
+        return self.scorer(ids, written)[:, None]
+
+    def backward(
+        self,
+        traces: Sequence[TokenTrace],
+        weigh: Callable[[Tensor], Tensor],
+        backward: Callable[[Tensor], None],
+    ) -> Float[Tensor, "N 1"]:
+        """Back-propagate sum(c * log_prob) with c = weigh(log_prob); returns the log-probabilities."""
+        logp = self.log_prob(traces)
+        backward((weigh(logp.detach()) * logp).sum())
+        return logp.detach()
+
+    def cost(self, trace: TokenTrace) -> int:
+        """Tokens of the row that re-scores this trace."""
+        return len(trace)
+
+    def encode(self, prompt: Prompt) -> list[int]:
+        """Token ids of a prompt: text as the tokenizer takes it, messages through the chat template."""
+        if isinstance(prompt.content, str):
+            ids = self.tokenizer(prompt.content).input_ids
+            return ids[:-1] if len(ids) > 1 and ids[-1] == self.tokenizer.eos_token_id else ids
+        ids = self.tokenizer.apply_chat_template(
+            prompt.content, add_generation_prompt=True, return_dict=True, **self.chat_template_kwargs
+        )
+        return list(ids["input_ids"])
+
+    def completion(self, prompt: Prompt, prompt_ids: Sequence[int], ids: Sequence[int]) -> Completion[TokenTrace]:
+        """What was drawn, with the ids as they were drawn; finished if it ends with one of the ends of sequence."""
+        text = self.tokenizer.decode(list(ids), skip_special_tokens=True)
+        content: Content = text if isinstance(prompt.content, str) else [{"role": "assistant", "content": text}]
+        trace = TokenTrace(tuple(prompt_ids), tuple(ids))
+        return Completion(content, trace, finished=bool(ids) and ids[-1] in self.eos_ids)
+
+
+def pad_right(traces: Sequence[TokenTrace], device: torch.device) -> tuple[Int[Tensor, "N T"], Bool[Tensor, "N T"]]:
+    """Rows of ids and the mask of written tokens, from lengths alone: no token value means padding."""
+    length = max(len(trace) for trace in traces)
+    ids = torch.zeros(len(traces), length, dtype=torch.long)
+    written = torch.zeros(len(traces), length, dtype=torch.bool)
+    for row, trace in enumerate(traces):
+        start, end = len(trace.prompt), len(trace)
+        ids[row, :end] = torch.tensor(trace.prompt + trace.completion)
+        written[row, start:end] = torch.tensor(trace.written, dtype=torch.bool)
+    return ids.to(device), written.to(device)
+
+
+def causal_lm(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    temperature: float = 1.0,
+    chat_template_kwargs: dict | None = None,
+) -> CausalLM:
+    """A policy from a loaded model: dropout off, ends of sequence from generation config and tokenizer."""
+    eos = ends_of_sequence(model, tokenizer)
+    disable_dropout(model)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    policy = CausalLM(Scorer(model, temperature), tokenizer, eos, chat_template_kwargs or {})
+    check_head(policy)
+    return policy
+
+
+def ends_of_sequence(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """Every id that ends a completion: the generation config's and the tokenizer's."""
+    config = getattr(model, "generation_config", None)
+    given = config.eos_token_id if config is not None else None
+    ids = given if isinstance(given, list | tuple) else [given]
+    found = frozenset(i for i in (*ids, tokenizer.eos_token_id) if i is not None)
+    if not found:
+        raise RebelError(
+            "the tokenizer has no EOS token, so no completion could ever end: "
+            "set eos_token in its tokenizer_config.json"
+        )
+    return found
+
+
+def disable_dropout(model: nn.Module) -> None:
+    """Score and train without dropout, so that log pi_theta equals log pi_t at the anchor."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        if isinstance(getattr(module, "attention_dropout", None), float):
+            module.attention_dropout = 0.0
+
+
+@torch.no_grad()
+def check_head(policy: CausalLM) -> None:
+    """Refuse a model whose logits are not its output embedding of its last hidden state."""
+    scorer, model = policy.bare, policy.model
+    ids = torch.arange(2, 10, device=policy.device)[None] % scorer.causal.config.get_text_config().vocab_size
+    logits = (model(input_ids=ids, use_cache=False).logits[0, :-1].float() / scorer.temperature).log_softmax(-1)
+    expected = logits.gather(-1, ids[0, 1:, None]).sum()
+    written = torch.ones_like(ids, dtype=torch.bool)
+    if not torch.allclose(scorer(ids, written).float().sum(), expected, rtol=1e-2, atol=1e-2):
+        raise RebelError(
+            f"{type(scorer.causal).__name__} changes its logits after the output layer in a way that rebel does not "
+            "know (it knows final_logit_softcapping): its log-probabilities would be wrong"
+        )
+
+
+def frozen_copy(policy: CausalLM) -> LogProb:
+    """log pi_ref by a second model: a frozen copy of this one as it is now."""
+    scorer = Scorer(copy.deepcopy(policy.model).requires_grad_(False), policy.bare.temperature)
+    return replace(policy, scorer=scorer).log_prob
+
+
+def without_adapter(policy: CausalLM) -> LogProb:
+    """log pi_ref by the same weights with the adapter off: no second model."""
+
+    def log_prob(traces: Sequence[TokenTrace]) -> Tensor:
+        with policy.model.disable_adapter():
+            return plain(policy).log_prob(traces)
+
+    return log_prob
+
+
+def initial_adapter(policy: CausalLM) -> LogProb:
+    """log pi_ref by a frozen copy of the adapter that the policy starts from."""
+    model = policy.model
+    model.add_adapter("reference", model.peft_config["default"])
+    weights = dict(model.named_parameters())
+    for name in [name for name in weights if ".default" in name]:
+        weights[name.replace(".default", ".reference")].data.copy_(weights[name].data)
+    model.set_adapter("default")
+
+    def log_prob(traces: Sequence[TokenTrace]) -> Tensor:
+        with use_adapter(model, "reference"):
+            return plain(policy).log_prob(traces)
+
+    return log_prob
+
+
+def plain(policy: CausalLM) -> CausalLM:
+    """The same policy without the wrapper for distribution: references take no part in its collectives."""
+    return replace(policy, scorer=policy.bare)

@@ -1,0 +1,214 @@
+"""Keeps the record of a run: rows, samples, checkpoints, the best policy; hears signals and callbacks that end it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rebel import checkpoint
+from rebel.checkpoint import Progress
+from rebel.config import RebelConfig
+from rebel.errors import RebelError
+from rebel.evaluate import Evaluation, text
+from rebel.learner import Learner
+from rebel.report import Terminal, append_rows, truncate_after
+from rebel.rewards.functions import RewardFailed
+from rebel.settings import dump
+from rebel.trackers import Trackers
+
+METRICS, SAMPLES, SETTINGS, FAILED = "metrics.jsonl", "samples.jsonl", "config.yaml", "failed_reward.json"
+BEST = "best"
+LEFTOVERS = (METRICS, SAMPLES, SETTINGS, FAILED, "report.html")
+
+FREE = frozenset(
+    ["output_dir", "overwrite_output_dir", "iterations", "max_steps", "tokens_per_micro_batch", "logging_steps", "eval_strategy", "eval_steps", "save_strategy", "save_steps", "save_total_limit", "load_best_model_at_end", "metric_for_best_model", "greater_is_better", "resume_from_checkpoint", "report_to", "run_name", "disable_tqdm", "push_to_hub", "hub_model_id", "use_cpu", "max_failed_rewards"]
+)
+"""Settings that may differ when a run is resumed: they do not change what is learnt."""
+
+
+def fingerprint(config: RebelConfig) -> str:
+    """The settings that decide what is learnt, for comparison with those of a checkpoint."""
+    values = {f.name: getattr(config, f.name) for f in fields(config) if f.name not in FREE}
+    return json.dumps(values, sort_keys=True, default=str)
+
+
+def claim_folder(config: RebelConfig, resume: bool) -> Path:
+    """The output folder, made if need be. One that holds another run is an error unless it is to be overwritten."""
+    folder = Path(config.output_dir)
+    if folder.exists() and not folder.is_dir():
+        raise RebelError(f"--output_dir {folder} is a file; name a folder")
+    if config.model_name_or_path and folder.resolve() == Path(config.model_name_or_path).resolve():
+        raise RebelError(f"--output_dir {folder} is the model's own folder; the tuned model would replace it")
+    held = [name for name in LEFTOVERS if (folder / name).exists()] + checkpoint.all_checkpoints(folder)
+    if held and not resume:
+        if not config.overwrite_output_dir:
+            raise RebelError(
+                f"--output_dir {folder} holds another run: go on with it by --resume, replace it by "
+                "--overwrite_output_dir, or name another folder"
+            )
+        clear(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def clear(folder: Path) -> None:
+    """Delete what a run of rebel left, and nothing else."""
+    for name in LEFTOVERS:
+        (folder / name).unlink(missing_ok=True)
+    for old in [*checkpoint.all_checkpoints(folder), folder / BEST]:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def checkpoint_to_resume(config: RebelConfig) -> Path | None:
+    """The checkpoint that --resume names: a folder, or the latest one of the output folder."""
+    asked = config.resume_from_checkpoint
+    if not asked:
+        return None
+    if asked is not True and str(asked).lower() not in ("true", "latest"):
+        if not Path(str(asked)).is_dir():
+            raise RebelError(f"--resume {asked}: there is no such folder")
+        return Path(str(asked))
+    found = checkpoint.all_checkpoints(Path(config.output_dir))
+    if not found:
+        raise RebelError(f"--resume: --output_dir {config.output_dir} has no checkpoint to go on from")
+    return found[-1]
+
+
+@dataclass
+class Recorder:
+    """The hooks of a run in a folder."""
+
+    config: RebelConfig
+    folder: Path
+    terminal: Terminal
+    trackers: Trackers
+    learner: Learner
+    save_model: Callable[[Path], None]
+    prompts: int
+    signalled: str | None = None
+    evaluated: int = -1
+    logged: int = -1
+    saved: int = -1
+    last: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def main(self) -> bool:
+        return self.learner.accelerator.is_main_process
+
+    def begin(self, progress: Progress, steps: int) -> None:
+        """Note the settings, and cut off what a resumed run had reported beyond its checkpoint."""
+        if self.main:
+            (self.folder / SETTINGS).write_text(dump(self.config))
+            for name in (METRICS, SAMPLES):
+                truncate_after(self.folder / name, progress.iteration if progress.step else -1)
+        self.evaluated = self.logged = self.saved = progress.step
+        self.trackers.begin(progress.step, steps)
+
+    def phase(self, name: str, total: int) -> AbstractContextManager:
+        return self.terminal.phase(name, total)
+
+    def evaluation_is_due(self, progress: Progress) -> bool:
+        return self.config.eval_strategy == "steps" and due(self.evaluated, progress.step, self.config.eval_steps)
+
+    def report(self, progress: Progress, metrics: dict[str, float], evaluation: Evaluation | None) -> None:
+        """Write the row of an iteration, tell the trackers, and keep a checkpoint if it is time to."""
+        where = {"iteration": progress.iteration, "step": progress.step, "samples": progress.samples}
+        self.last = {**where, **metrics, **(evaluation.metrics if evaluation else {})}
+        if self.main:
+            append_rows(self.folder / METRICS, [self.last])
+        self.trackers.step(progress.step, progress.prompts_taken / self.prompts)
+        if evaluation or due(self.logged, progress.step, self.config.logging_steps):
+            self.logged = progress.step
+            self.terminal.row(self.last)
+            self.trackers.log(self.last)
+        if evaluation:
+            self.take_evaluation(progress, evaluation)
+        if self.config.save_strategy == "steps" and due(self.saved, progress.step, self.config.save_steps):
+            self.checkpoint(progress)
+
+    def take_evaluation(self, progress: Progress, evaluation: Evaluation) -> None:
+        """Write its samples and keep the policy if it is the best so far."""
+        self.evaluated = progress.step
+        if self.main:
+            rows = [{"iteration": progress.iteration, **row} for row in evaluation.samples]
+            append_rows(self.folder / SAMPLES, rows)
+        self.trackers.evaluated(evaluation.metrics)
+        if self.config.load_best_model_at_end and self.better(progress, evaluation) and self.main:
+            self.save_model(self.folder / BEST)
+
+    def better(self, progress: Progress, evaluation: Evaluation) -> bool:
+        """Whether this evaluation is the best so far; notes it down."""
+        name = self.config.metric_for_best_model
+        if name not in evaluation.metrics:
+            raise RebelError(f"--metric_for_best_model {name} is none of {', '.join(evaluation.metrics)}")
+        value = evaluation.metrics[name] * (1 if self.config.greater_is_better else -1)
+        if progress.best is not None and value <= progress.best:
+            return False
+        progress.best = value
+        return True
+
+    def checkpoint(self, progress: Progress) -> None:
+        """Write what resumes the run; skipped while the learner is in the middle of an iteration."""
+        if progress.step != self.learner.steps:
+            return
+        progress.settings = fingerprint(self.config)
+        if self.main and not (self.saved == progress.step and self.checkpoint_folder(progress).exists()):
+            checkpoint.save(self.folder, self.learner, self.save_model, progress)
+            checkpoint.prune(self.folder, self.config.save_total_limit)
+        self.saved = progress.step
+        self.trackers.saved()
+        self.learner.accelerator.wait_for_everyone()
+
+    def checkpoint_folder(self, progress: Progress) -> Path:
+        return self.folder / f"{checkpoint.PREFIX}{progress.step}"
+
+    def stop(self) -> bool:
+        """Whether a signal or a callback asks for the end; all processes hear of it at once."""
+        asked = self.signalled is not None or self.trackers.should_stop
+        accelerator = self.learner.accelerator
+        if accelerator.num_processes == 1:
+            return asked
+        flag = torch.tensor([float(asked)], device=accelerator.device)
+        return bool(accelerator.reduce(flag, reduction="sum").item())
+
+    def write_failure(self, failure: RewardFailed) -> Path:
+        """What a reward function was called with when it raised."""
+        cases = [{"prompt": text(p.content), "completion": text(c.content), **dict(p.meta)} for p, c in failure.cases]
+        row = {"function": failure.name, "error": repr(failure.__cause__), "cases": cases}
+        path = self.folder / FAILED
+        path.write_text(json.dumps(row, indent=2, default=str))
+        return path
+
+    @contextmanager
+    def heeding_signals(self) -> Iterator[None]:
+        """Ctrl-C and SIGTERM end the run at the next safe place; a second one ends it at once."""
+
+        def hear(number: int, frame: object) -> None:
+            if self.signalled:
+                raise KeyboardInterrupt
+            self.signalled = signal.Signals(number).name
+            self.terminal.say(f"{self.signalled}: stopping at the next safe place; once more to stop at once")
+
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {number: signal.signal(number, hear) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def due(last: int, now: int, every: int) -> bool:
+    """Whether a multiple of `every` lies beyond `last` and not beyond `now`."""
+    return now // every > last // every

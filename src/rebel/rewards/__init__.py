@@ -1,0 +1,1 @@
+"""What scores completions: reward functions, verifiers, reward models, and their weighted sum."""

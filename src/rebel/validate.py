@@ -1,0 +1,233 @@
+"""What is wrong with the settings of a run, as far as it can be told without loading anything."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from math import inf, isfinite
+from pathlib import Path
+
+from rebel.config import RebelConfig
+from rebel.convert import shown
+from rebel.errors import RebelError
+from rebel.settings import resolve
+
+Complaints = Iterator[str]
+
+AT_LEAST = {
+    "lora_r": 1,
+    "lora_alpha": 1,
+    "eval_prompts": 0,
+    "max_prompt_length": 1,
+    "max_completion_length": 1,
+    "sampling_batch": 1,
+    "prompts_per_iteration": 1,
+    "steps_per_iteration": 1,
+    "num_iterations": 1,
+    "tokens_per_micro_batch": 1,
+    "iterations": 1,
+    "seed": 0,
+    "logging_steps": 1,
+    "eval_steps": 1,
+    "eval_generations": 1,
+    "save_steps": 1,
+    "save_total_limit": 1,
+}
+
+
+def _not_negative(value: float) -> bool:
+    return 0 <= value < inf
+
+
+def _positive(value: float) -> bool:
+    return 0 < value < inf
+
+
+def _below_one(value: float) -> bool:
+    return 0 <= value < 1
+
+
+BETWEEN: dict[str, tuple[Callable[[float], bool], str]] = {
+    "beta": (_not_negative, "0 (no price) or a positive number"),
+    "kl_per_iteration": (_positive, "a positive number of nats"),
+    "temperature": (_positive, "a positive number; greedy completions would all be the same"),
+    "eval_temperature": (_not_negative, "0 (greedy) or a positive number"),
+    "missing_eos_penalty": (_not_negative, "a number to subtract, 0 or more"),
+    "replace_flat_groups": (_not_negative, "0 (never) or a positive factor"),
+    "max_failed_rewards": (lambda share: 0 <= share <= 1, "a share from 0 to 1"),
+    "learning_rate": (_not_negative, "0 or a positive number"),
+    "warmup_steps": (_not_negative, "0 or more steps, or a share below 1"),
+    "weight_decay": (_not_negative, "0 or more"),
+    "adam_beta1": (_below_one, "a number from 0 to below 1"),
+    "adam_beta2": (_below_one, "a number from 0 to below 1"),
+    "adam_epsilon": (_positive, "a positive number"),
+    "max_grad_norm": (_not_negative, "0 (no clipping) or a positive number"),
+    "average": (_below_one, "a number from 0 (the last iterate) to below 1"),
+    "held_out": (_below_one, "a share from 0 to below 1"),
+}
+
+TRUNCATIONS = {"top_p": (1.0,), "top_k": (None, 0), "min_p": (None, 0.0), "repetition_penalty": (1.0,)}
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+def validate(config: RebelConfig, *, inputs: bool = True) -> RebelConfig:
+    """The settings with every value in its type, or one error with all that is wrong.
+
+    TRL's batch arguments are translated before. `inputs=False` where the model, the prompts and the rewards
+    are given as objects, as in RebelTrainer.
+    """
+    config = resolve(vars(config))
+    checks = INPUTS + CHECKS if inputs else CHECKS
+    complaints = [complaint for check in checks for complaint in check(config)]
+    if complaints:
+        raise RebelError("\n".join(complaints))
+    return config
+
+
+def _said(config: RebelConfig, *names: str) -> str:
+    first, *others = (f"--{name} {shown(getattr(config, name))}" for name in names)
+    return first + (" with " + " and ".join(others) if others else "")
+
+
+def _counts(config: RebelConfig) -> Complaints:
+    if config.num_generations < 2:
+        yield f"{_said(config, 'num_generations')} leaves nothing to compare; use 2 or more"
+    for name, least in AT_LEAST.items():
+        value = getattr(config, name)
+        if value is not None and value < least:
+            yield f"{_said(config, name)}: use {least} or more"
+
+
+def _ranges(config: RebelConfig) -> Complaints:
+    for name, (holds, allowed) in BETWEEN.items():
+        value = getattr(config, name)
+        if value is not None and not holds(value):
+            yield f"{_said(config, name)}: use {allowed}"
+
+
+def _eta(config: RebelConfig) -> Complaints:
+    eta, beta = config.eta, config.beta
+    if eta == "auto":
+        if config.steps_per_iteration * config.num_iterations == 1:
+            yield (
+                "--eta auto has nothing to choose with one optimiser step per iteration: the gradient of the "
+                "first step does not depend on eta. Use more --steps_per_iteration or --num_iterations; with "
+                "one step give --eta any number"
+            )
+    elif not eta > 0:
+        yield f"{_said(config, 'eta')}: use a positive number of nats per unit of reward, or auto"
+    elif eta == inf and not beta > 0:
+        yield "--eta inf needs a --beta above 0, which then sets the step: 1 / beta"
+    elif config.kl == "shaped" and eta * beta >= 2:
+        yield (
+            f"{_said(config, 'kl', 'eta', 'beta')} does not converge: eta * beta must stay below 2. "
+            "Use --kl proximal, which is stable for every eta, or lower one of them"
+        )
+
+
+def _sampling(config: RebelConfig) -> Complaints:
+    for name, neutral in TRUNCATIONS.items():
+        if getattr(config, name) not in neutral:
+            yield (
+                f"{_said(config, name)} is refused in training: completions would come from another "
+                "distribution than the one whose log-probabilities are regressed. Leave it out; "
+                "--temperature is accounted for"
+            )
+    if config.missing_eos_penalty and config.drop_truncated:
+        yield (
+            f"{_said(config, 'missing_eos_penalty')} has no effect with --drop_truncated, which leaves the "
+            "completions it is for out; use one of them"
+        )
+
+
+def _batch(config: RebelConfig) -> Complaints:
+    prompts, steps = config.prompts_per_iteration, config.steps_per_iteration
+    if 0 < prompts < steps:
+        yield (
+            f"{_said(config, 'steps_per_iteration', 'prompts_per_iteration')}: each step takes the "
+            f"completions of one prompt or more. Use at most {prompts} steps, or more passes with --num_iterations"
+        )
+    elif config.early_stop and not config.held_out:
+        yield "--early_stop watches completions that are not trained on; give --held_out a share above 0"
+    elif config.early_stop and steps > prompts * (1 - config.held_out):
+        yield (
+            f"{_said(config, 'steps_per_iteration', 'prompts_per_iteration', 'held_out')}: fewer prompts "
+            "than steps are left to train on. Use fewer steps, more prompts, or hold out less"
+        )
+
+
+def _precision(config: RebelConfig) -> Complaints:
+    if config.dtype not in DTYPES:
+        yield f"{_said(config, 'dtype')}: {', '.join(DTYPES[:-1])} or {DTYPES[-1]} is expected"
+    if config.bf16 and config.fp16:
+        yield "--bf16 and --fp16 exclude each other; use one of them"
+    if config.fp16 and config.use_cpu:
+        yield "--fp16 needs a CUDA device, and --use_cpu stays on the CPU; use --bf16, or neither"
+
+
+def _length(config: RebelConfig) -> Complaints:
+    if config.max_steps != -1 and config.max_steps < 1:
+        yield f"{_said(config, 'max_steps')}: use 1 or more optimiser steps (-1: not given)"
+    elif config.iterations is None and config.max_steps == -1:
+        yield "how long to train is not given: use --iterations, or --max_steps for optimiser steps"
+    elif config.iterations is not None and config.max_steps != -1:
+        yield f"{_said(config, 'iterations', 'max_steps')}: both say how long to train; use one of them"
+
+
+def _evaluation(config: RebelConfig) -> Complaints:
+    if config.load_best_model_at_end and (config.eval_strategy == "no" or config.eval_prompts == 0):
+        yield (
+            f"--load_best_model_at_end has nothing to choose: {_said(config, 'eval_strategy', 'eval_prompts')}; "
+            "use --eval_strategy steps and some --eval_prompts"
+        )
+
+
+def _folders(config: RebelConfig) -> Complaints:
+    if not config.output_dir.strip():
+        yield "--output_dir is empty; name a folder for the run"
+    if str(config.resume_from_checkpoint).endswith((".yaml", ".yml")):
+        yield f"--resume {config.resume_from_checkpoint}: checkpoints are folders; put a YAML file before --resume"
+    if config.overwrite_output_dir and config.resume_from_checkpoint:
+        yield "--overwrite_output_dir would delete the checkpoint that --resume goes on from; use one of them"
+    if config.overwrite_output_dir:
+        for name in ("model_name_or_path", "adapter_path", "dataset_name"):
+            if _inside(getattr(config, name), config.output_dir):
+                yield f"--overwrite_output_dir would delete {_said(config, name)}; use another --output_dir"
+
+
+def _inside(path: str | None, folder: str) -> bool:
+    return bool(path) and Path(path).exists() and Path(path).resolve().is_relative_to(Path(folder).resolve())
+
+
+def _rewards(config: RebelConfig) -> Complaints:
+    weights, functions = config.reward_weights, config.reward_funcs
+    if weights is None:
+        return
+    if functions and len(weights) != len(functions):
+        yield (
+            f"{_said(config, 'reward_weights')}: {len(weights)} for {len(functions)} --reward_funcs; give one for each"
+        )
+    if not all(map(isfinite, weights)):
+        yield f"{_said(config, 'reward_weights')}: use finite numbers"
+
+
+def _given(config: RebelConfig) -> Complaints:
+    if not config.model_name_or_path:
+        yield "no model: give --model_name_or_path a Hugging Face name or a folder"
+    if not config.dataset_name:
+        yield "no prompts: give --dataset_name a hub name, a folder or a file"
+    if not config.reward_funcs:
+        yield "no reward: give --reward_funcs a file.py:function, a name of trl.rewards or a reward model"
+
+
+def _adapter(config: RebelConfig) -> Complaints:
+    adapter = config.use_peft or config.adapter_path
+    if config.load_in_4bit and not adapter:
+        yield "--load_in_4bit without --use_peft: 4-bit weights cannot be trained themselves; add --use_peft"
+    if config.reference == "base" and not adapter:
+        yield "--reference base is the model without its adapter: add --use_peft, or use --reference model"
+    if config.reference == "initial_adapter" and not config.adapter_path:
+        yield "--reference initial_adapter is the trained adapter of --adapter_path, which is not given"
+
+
+CHECKS = (_counts, _ranges, _eta, _sampling, _batch, _precision, _length, _evaluation, _folders, _rewards)
+INPUTS = (_given, _adapter)
