@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import GradientAccumulationPlugin
 from peft import (
     LoraConfig,
     PeftConfig,
@@ -59,7 +60,8 @@ PAIRINGS: dict[str, Pairing] = {"all": all_pairs, "extremes": best_against_worst
 def build_accelerator(config: RebelConfig) -> Accelerator:
     """Devices, processes and precision of this run. Sharded weights are refused: sampling needs them whole."""
     precision = "bf16" if config.bf16 else "fp16" if config.fp16 else "no"
-    accelerator = Accelerator(cpu=config.use_cpu, mixed_precision=precision)
+    whole = GradientAccumulationPlugin(num_steps=1)  # else a launcher's setting would scale the gradient
+    accelerator = Accelerator(cpu=config.use_cpu, mixed_precision=precision, gradient_accumulation_plugin=whole)
     if str(accelerator.distributed_type.value) in ("FSDP", "DEEPSPEED", "MEGATRON_LM", "TP"):
         raise RebelError(
             f"accelerate is set up for {accelerator.distributed_type.value}; this version trains with one process "
@@ -122,10 +124,6 @@ def build_policy(model: nn.Module, tokenizer: PreTrainedTokenizerBase, config: R
     policy = causal_lm(model, tokenizer, config.temperature, config.chat_template_kwargs)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-        model.enable_input_require_grads()
-        model.train()
-    else:
-        model.eval()
     return policy
 
 

@@ -33,8 +33,11 @@ class Progress:
     settings: str = ""
 
 
-def save(folder: Path, learner: Learner, save_model: Any, progress: Progress) -> Path:
-    """Write checkpoint-<step> below `folder`; the name appears only once all of it is on disk."""
+def save(folder: Path, learner: Learner, save_model: Any, progress: Progress, rng: dict[str, Any]) -> Path:
+    """Write checkpoint-<step> below `folder`; the name appears only once all of it is on disk.
+
+    `rng` is the state of the generators at the end of the iteration, before anything of the next one used them.
+    """
     target = folder / f"{PREFIX}{progress.step}"
     partial = folder / f".{target.name}.partial"
     shutil.rmtree(partial, ignore_errors=True)
@@ -46,7 +49,7 @@ def save(folder: Path, learner: Learner, save_model: Any, progress: Progress) ->
         {
             "optimizer": learner.optimizer.state_dict(),
             "scheduler": learner.scheduler.state_dict(),
-            "rng": rng_state(),
+            "rng": rng,
         },
         partial / "optimizer.pt",
     )

@@ -10,6 +10,7 @@ from typing import Any
 from accelerate.utils import gather_object
 
 from rebel.data import PromptStream, seed_of
+from rebel.errors import RunStopped
 from rebel.rewards.groups import Scale, drop_unfinished, flat, penalise_unfinished, scaled, usable
 from rebel.types import Prompt, Reward, Rollout, Sampler, Scored
 
@@ -84,8 +85,8 @@ def score_chunks(
     began = time.perf_counter()
     rollouts = draw(source, prompts, seed, stop, done)
     drew = time.perf_counter()
-    own = [penalise_unfinished(group, source.penalty) for group in source.reward(rollouts)] if rollouts else []
-    scored = gather(own, source, len(prompts))
+    own = together(source.world, lambda: source.reward(rollouts) if rollouts else [])
+    scored = gather([penalise_unfinished(group, source.penalty) for group in own], source, len(prompts))
     return scored, drew - began, time.perf_counter() - drew
 
 
@@ -107,6 +108,22 @@ def draw(
             rollouts.append(rollout)
             done(len(rollout.completions))
     return rollouts
+
+
+def together(world: int, score: Callable[[], list[Scored]]) -> list[Scored]:
+    """What `score` returns. Where it stops the run on one process it does so on all: none may wait for another."""
+    scored: list[Scored] = []
+    failure = None
+    try:
+        scored = score()
+    except RunStopped as stopped:
+        failure = stopped
+    if world > 1:
+        reasons = [reason for reason in gather_object([failure and str(failure)]) if reason]
+        failure = failure or (RunStopped(reasons[0]) if reasons else None)
+    if failure:
+        raise failure
+    return scored
 
 
 def gather(scored: list[Scored], source: Source, count: int) -> list[Scored]:

@@ -108,8 +108,9 @@ class PromptStream:
         taken = []
         for place in range(start, start + count):
             lap, offset = divmod(place, len(self.prompts))
-            order = orders.setdefault(lap, shuffled(len(self.prompts), self.seed, lap))
-            taken.append(self.prompts[order[offset]])
+            if lap not in orders:
+                orders[lap] = shuffled(len(self.prompts), self.seed, lap)
+            taken.append(self.prompts[orders[lap][offset]])
         return taken
 
 

@@ -17,8 +17,8 @@ from rebel.data import shuffled
 from rebel.learner import Learner
 from rebel.stepsize import StepRule
 from rebel.types import LogProb, Pairing, Scored
+from rebel.way import Way
 
-LogRatios = dict[int, Tensor]
 Phase = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
 
 
@@ -42,12 +42,7 @@ class Problem:
     anchor: dict[int, Tensor]
     reference: dict[int, Tensor]
     step: float
-
-    def moved(self, indices: Iterable[int], logp: Tensor) -> list[Tensor]:
-        """log pi_theta - log pi_t of some groups."""
-        indices = list(indices)
-        sizes = [len(self.groups[i].rollout.completions) for i in indices]
-        return [own - self.anchor[i] for i, own in zip(indices, logp.split(sizes), strict=True)]
+    goal: float | None
 
 
 def fit(
@@ -67,7 +62,7 @@ def fit(
         done(1)
     scored = time.perf_counter()
     with phase("training", len(minibatches)) as done:
-        fits = take_steps(learner, problem, how, minibatches, held, done)
+        fits, scale = take_steps(learner, problem, how, minibatches, held, done)
     probe = held or list(fits[-1].groups)
     after = score(learner, learner.policy.log_prob, groups, probe)
     ended = time.perf_counter()
@@ -76,6 +71,7 @@ def fit(
         **of_probe(problem, how, probe, after, in_sample=not held),
         **of_anchors(problem),
         "eta": problem.step,
+        "scale": scale,
         "grad_norm": learner.grad_norm,
         "learning_rate": learner.learning_rate,
         "seconds/scoring": scored - began,
@@ -110,7 +106,8 @@ def pose(
     given = score(learner, reference, groups, everyone) if reference else {}
     shaping = {i: anchor[i] - given[i] for i in anchor if i in given} if how.beta else {}
     variance = measures.margin_variance(groups, shaping, how.beta)
-    return Problem(groups, anchor, given, how.step_rule.step(variance, correction))
+    rule = how.step_rule
+    return Problem(groups, anchor, given, rule.step(variance, correction), rule.goal(variance))
 
 
 def score(learner: Learner, log_prob: LogProb, groups: Sequence[Scored], which: Iterable[int]) -> dict[int, Tensor]:
@@ -129,8 +126,12 @@ def take_steps(
     minibatches: Sequence[Sequence[int]],
     held: Sequence[int],
     done: Callable[[int], None],
-) -> list[Fit]:
-    """One optimiser step a minibatch, until the policy has moved far enough or no longer fits what is held out."""
+) -> tuple[list[Fit], float]:
+    """One optimiser step a minibatch, until the policy is far enough or no longer fits what is held out.
+
+    Returns what the steps saw, and by how much the way was scaled at the end to meet the goal of the step rule.
+    """
+    way = Way(learner, problem.goal)
     fits: list[Fit] = []
     fitted: list[float] = []
     for now in regress(
@@ -145,18 +146,13 @@ def take_steps(
     ):
         fits.append(now)
         done(1)
-        if now.fresh and moved_kl(problem, fits[-1:]) > how.step_rule.limit:
+        if way.too_far(now):
             break
         if held:
             fitted.append(held_out_fit(learner, problem, how, held))
             if max(fitted) > max(fitted[-2:]):
                 break
-    return fits
-
-
-def moved_kl(problem: Problem, fits: Sequence[Fit]) -> float:
-    """KL of the policy before these steps to pi_t, in nats, on the completions of the steps."""
-    return measures.half_variance(torch.cat([fit.logp - fit.batch.anchor_logp for fit in fits]))
+    return fits, way.end()
 
 
 def held_out_fit(learner: Learner, problem: Problem, how: Regression, held: Sequence[int]) -> float:

@@ -13,6 +13,7 @@ _ONE_LOSS = "there is one loss, the regression; --pairing and --kl choose its fo
 _ITERATIONS = "give --iterations or --max_steps; --num_iterations is the passes over an iteration's completions"
 _REFERENCE = "the initial policy stays as it is; --beta is the price of leaving it"
 _ENTROPY = "there is no bonus on the entropy; --beta keeps the policy near the initial one"
+_SHARDED = "every process holds the whole model: `accelerate launch -m rebel train ...` starts several"
 _ITSELF = "--dtype, --attn_implementation and --trust_remote_code are settings of their own"
 
 ELSEWHERE = {
@@ -44,8 +45,8 @@ ELSEWHERE = {
     "remove_unused_columns": "every column reaches the reward functions",
     "log_completions": "samples.jsonl and report.html show completions in any case",
     "reward_model_*": "put the reward model's name or folder into --reward_funcs",
-    "fsdp*": "use `accelerate launch -m rebel train ...` with its own configuration",
-    "deepspeed": "use `accelerate launch -m rebel train ...` with its own configuration",
+    "fsdp*": _SHARDED,
+    "deepspeed": _SHARDED,
 }
 
 BATCH = (
@@ -104,7 +105,7 @@ def _steps(minibatches: int, given: dict[str, int]) -> int:
 
 
 def _whole(total: int, part: int, total_name: str, part_name: str) -> int:
-    if part < 1 or total % part or total < part:
+    if part < 1 or total % part:
         raise RebelError(f"{total} ({total_name}) is no multiple of {part} ({part_name}); change one of them")
     return total // part
 

@@ -29,18 +29,20 @@ class Piece:
     groups: tuple[int, ...] | None = None
 
 
-def fill(costs: Sequence[int], budget: int) -> list[list[int]]:
-    """Items packed into batches, each of at most `budget` = its number of items times the cost of its dearest.
+def fill(items: Sequence[Sequence[int]], budget: int) -> list[list[int]]:
+    """Items, each the costs of traces that stay together, packed into batches of at most `budget`.
 
-    Items of like cost come together, and one dearer than the budget is alone.
+    A batch costs its number of traces times the dearest of them, to which the others are padded. Items of like cost
+    come together, and one beyond the budget is alone.
     """
     batches: list[list[int]] = []
-    dearest = 0
-    for item in sorted(range(len(costs)), key=lambda i: -costs[i]):
-        if not batches or (len(batches[-1]) + 1) * dearest > budget:
+    count = dearest = 0
+    for item in sorted(range(len(items)), key=lambda i: -max(items[i])):
+        if not batches or (count + len(items[item])) * dearest > budget:
             batches.append([])
-            dearest = costs[item]
+            count, dearest = 0, max(items[item])
         batches[-1].append(item)
+        count += len(items[item])
     return batches
 
 
@@ -48,12 +50,12 @@ def plan(groups: Sequence[Sequence[int]], budget: int) -> list[Piece]:
     """Micro-batches of a minibatch whose traces cost `groups`: whole groups where they fit, else single traces."""
     starts = [sum(map(len, groups[:k])) for k in range(len(groups))]
     places = [tuple(range(start, start + len(group))) for start, group in zip(starts, groups, strict=True)]
-    padded = [len(group) * max(group) for group in groups]
-    small = [k for k in range(len(groups)) if padded[k] <= budget]
-    whole = [[small[i] for i in batch] for batch in fill([padded[k] for k in small], budget)]
-    loose = [place for k in range(len(groups)) if padded[k] > budget for place in places[k]]
+    fits = [len(group) * max(group) <= budget for group in groups]
+    small = [k for k in range(len(groups)) if fits[k]]
+    whole = [[small[i] for i in batch] for batch in fill([groups[k] for k in small], budget)]
+    loose = [place for k in range(len(groups)) if not fits[k] for place in places[k]]
     cost = [c for group in groups for c in group]
-    split = fill([cost[place] for place in loose], budget)
+    split = fill([[cost[place]] for place in loose], budget)
     return [Piece(tuple(p for k in batch for p in places[k]), tuple(batch)) for batch in whole] + [
         Piece(tuple(loose[i] for i in batch)) for batch in split
     ]
@@ -63,6 +65,14 @@ def share(pieces: Sequence[Piece], rank: int, world: int) -> list[Piece | None]:
     """What one of `world` processes does: all do the same number, the missing ones are None (weight zero)."""
     padded = [*pieces, *[None] * (-len(pieces) % world)]
     return padded[rank::world]
+
+
+@dataclass(frozen=True, slots=True)
+class Departure:
+    """The weights and the average from which an iteration set out."""
+
+    weights: list[Tensor]
+    averaged: list[Tensor]
 
 
 @dataclass
@@ -80,6 +90,7 @@ class Learner:
     steps: int = 0
     grad_norm: float = math.nan
     averaged: list[Tensor] = field(default_factory=list)
+    forgotten: float = 1.0
 
     @property
     def weights(self) -> list[Tensor]:
@@ -89,7 +100,7 @@ class Learner:
     @torch.no_grad()
     def score(self, log_prob: LogProb, traces: Sequence[Any]) -> Float[Tensor, " N"]:
         """log pi(y|x) of the traces, in nats; every process scores its share and all get the numbers."""
-        costs = [self.policy.cost(trace) for trace in traces]
+        costs = [[self.policy.cost(trace)] for trace in traces]
         pieces = [Piece(tuple(batch)) for batch in fill(costs, self.budget)]
         logp = self.zeros(len(traces))
         for piece in share(pieces, self.accelerator.process_index, self.accelerator.num_processes):
@@ -172,8 +183,31 @@ class Learner:
         if not self.averaged:
             self.averaged = [weight.detach().clone() for weight in self.weights]
         gain = min(1.0, 1.0 / (self.average * self.steps))
+        self.forgotten *= 1.0 - gain
         for mean, weight in zip(self.averaged, self.weights, strict=True):
             mean.lerp_(weight, gain)
+
+    @torch.no_grad()
+    def depart(self) -> Departure:
+        """Where the weights and their average are now, to measure and to scale the way from here."""
+        self.forgotten = 1.0
+        return Departure([w.detach().clone() for w in self.weights], [a.clone() for a in self.averaged])
+
+    @torch.no_grad()
+    def distance(self, start: Departure) -> float:
+        """Squared Euclidean distance of the weights from `start`."""
+        gaps = [(now - then).float().square().sum() for now, then in zip(self.weights, start.weights, strict=True)]
+        return float(torch.stack(gaps).sum())
+
+    @torch.no_grad()
+    def scale_way(self, start: Departure, scale: float) -> None:
+        """As if every weight had gone `scale` times as far from `start`; the average follows."""
+        for now, then in zip(self.weights, start.weights, strict=True):
+            now.copy_(then + scale * (now - then))
+        kept = self.forgotten if start.averaged else 0.0
+        befores = start.averaged or start.weights
+        for mean, then, before in zip(self.averaged, start.weights, befores, strict=bool(self.averaged)):
+            mean.copy_(scale * mean + (1 - scale) * (kept * before + (1 - kept) * then))
 
     @contextmanager
     def use_average(self) -> Iterator[None]:

@@ -30,7 +30,30 @@ BEST = "best"
 LEFTOVERS = (METRICS, SAMPLES, SETTINGS, FAILED, "report.html")
 
 FREE = frozenset(
-    ["output_dir", "overwrite_output_dir", "iterations", "max_steps", "tokens_per_micro_batch", "logging_steps", "eval_strategy", "eval_steps", "save_strategy", "save_steps", "save_total_limit", "load_best_model_at_end", "metric_for_best_model", "greater_is_better", "resume_from_checkpoint", "report_to", "run_name", "disable_tqdm", "push_to_hub", "hub_model_id", "use_cpu", "max_failed_rewards"]
+    [
+        "output_dir",
+        "overwrite_output_dir",
+        "iterations",
+        "max_steps",
+        "tokens_per_micro_batch",
+        "logging_steps",
+        "eval_strategy",
+        "eval_steps",
+        "save_strategy",
+        "save_steps",
+        "save_total_limit",
+        "load_best_model_at_end",
+        "metric_for_best_model",
+        "greater_is_better",
+        "resume_from_checkpoint",
+        "report_to",
+        "run_name",
+        "disable_tqdm",
+        "push_to_hub",
+        "hub_model_id",
+        "use_cpu",
+        "max_failed_rewards",
+    ]
 )
 """Settings that may differ when a run is resumed: they do not change what is learnt."""
 
@@ -98,6 +121,7 @@ class Recorder:
     evaluated: int = -1
     logged: int = -1
     saved: int = -1
+    rng: dict[str, Any] = field(default_factory=dict)
     last: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -111,6 +135,7 @@ class Recorder:
             for name in (METRICS, SAMPLES):
                 truncate_after(self.folder / name, progress.iteration if progress.step else -1)
         self.evaluated = self.logged = self.saved = progress.step
+        self.rng = checkpoint.rng_state()
         self.trackers.begin(progress.step, steps)
 
     def phase(self, name: str, total: int) -> AbstractContextManager:
@@ -132,6 +157,7 @@ class Recorder:
             self.trackers.log(self.last)
         if evaluation:
             self.take_evaluation(progress, evaluation)
+        self.rng = checkpoint.rng_state()
         if self.config.save_strategy == "steps" and due(self.saved, progress.step, self.config.save_steps):
             self.checkpoint(progress)
 
@@ -162,7 +188,7 @@ class Recorder:
             return
         progress.settings = fingerprint(self.config)
         if self.main and not (self.saved == progress.step and self.checkpoint_folder(progress).exists()):
-            checkpoint.save(self.folder, self.learner, self.save_model, progress)
+            checkpoint.save(self.folder, self.learner, self.save_model, progress, self.rng)
             checkpoint.prune(self.folder, self.config.save_total_limit)
         self.saved = progress.step
         self.trackers.saved()
@@ -173,12 +199,13 @@ class Recorder:
 
     def stop(self) -> bool:
         """Whether a signal or a callback asks for the end; all processes hear of it at once."""
-        asked = self.signalled is not None or self.trackers.should_stop
+        asked = [self.signalled is not None, self.trackers.should_stop]
         accelerator = self.learner.accelerator
-        if accelerator.num_processes == 1:
-            return asked
-        flag = torch.tensor([float(asked)], device=accelerator.device)
-        return bool(accelerator.reduce(flag, reduction="sum").item())
+        if accelerator.num_processes > 1:
+            asked = accelerator.reduce(torch.tensor(asked, device=accelerator.device).float(), reduction="sum").tolist()
+        if asked[0] and self.signalled is None:
+            self.signalled = "a signal to another process"
+        return any(asked)
 
     def write_failure(self, failure: RewardFailed) -> Path:
         """What a reward function was called with when it raised."""

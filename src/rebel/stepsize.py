@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from rebel.algorithm import step_size
 
 SLACK = 1.5
 """The steps of an iteration end early once its KL passes this multiple of the goal."""
 
+LONGEST = 1e6
+"""eta' where nothing else bounds it: far beyond what any regression can fit."""
 
+
+@runtime_checkable
 class StepRule(Protocol):
     """How long the next step is."""
 
@@ -19,56 +23,60 @@ class StepRule(Protocol):
         """eta' for shaped rewards whose mean variance within a group is `variance`."""
         ...
 
-    def corrected(self, correction: float, kl: float) -> float:
-        """The correction after an iteration that moved the policy by `kl` nats."""
+    def goal(self, variance: float) -> float | None:
+        """KL in nats per completion by which this iteration is to move the policy; None for as far as it goes."""
         ...
 
-    @property
-    def limit(self) -> float:
-        """KL in nats at which the remaining steps of an iteration are left out."""
+    def corrected(self, correction: float, scale: float) -> float:
+        """The next correction, after an iteration whose movement had to be scaled by `scale`."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class GivenEta:
-    """The eta of the settings, combined with beta."""
+    """The eta of the settings, combined with beta. The policy moves as far as the optimiser takes it."""
 
     eta: float
     beta: float
-    kl: str
+    kl: str = "proximal"
 
     def step(self, variance: float, correction: float) -> float:
         return step_size(self.eta, self.beta, self.kl)
 
-    def corrected(self, correction: float, kl: float) -> float:
-        return correction
+    def goal(self, variance: float) -> float | None:
+        return None
 
-    @property
-    def limit(self) -> float:
-        return math.inf
+    def corrected(self, correction: float, scale: float) -> float:
+        return correction
 
 
 @dataclass(frozen=True, slots=True)
 class AutoEta:
-    """eta' = correction * sqrt(2 * goal / variance): to second order KL(pi_{t+1} || pi_t) = eta'^2 * variance / 2.
+    """eta' = correction * sqrt(2 * kl / variance): to second order KL(pi_{t+1} || pi_t) = eta'^2 * variance / 2.
 
-    Never longer than 1 / beta, where the iteration would already be at its fixed point.
+    An optimiser does not solve the regression, so the policy moves by another KL than the exact minimiser would. Two
+    things make up for it. The movement of the weights is scaled to the goal at the end of the iteration: in a linear
+    model of the log-probabilities that is what another eta' would have given. And the correction follows, so that
+    the next iteration needs less of it. eta' is never longer than 1 / beta, where the iteration is at its fixed point.
     """
 
-    goal: float
+    kl: float
     beta: float
 
     def step(self, variance: float, correction: float) -> float:
-        free = correction * math.sqrt(2.0 * self.goal / variance) if variance > 0 else math.inf
-        longest = 1.0 / self.beta if self.beta else 1e6
-        return min(free, longest)
+        return min(correction * self.exact(variance), self.longest)
 
-    def corrected(self, correction: float, kl: float) -> float:
-        """Moved towards the measured KL by at most a factor of two, half of the way on a logarithmic scale."""
-        if not math.isfinite(kl) or kl <= 0:
-            return correction
-        return correction * min(2.0, max(0.5, math.sqrt(self.goal / kl)))
+    def goal(self, variance: float) -> float | None:
+        return min(self.kl, self.exact(variance) ** 2 * variance / 2)
+
+    def exact(self, variance: float) -> float:
+        """eta' whose exact minimiser is at the goal, or at the fixed point if that is nearer."""
+        return min(math.sqrt(2 * self.kl / variance), self.longest) if variance > 0 else self.longest
 
     @property
-    def limit(self) -> float:
-        return SLACK * self.goal
+    def longest(self) -> float:
+        return 1 / self.beta if self.beta else LONGEST
+
+    def corrected(self, correction: float, scale: float) -> float:
+        """Never below 1: an exact regression moves by the goal, and one that is not exact by less."""
+        return min(max(1.0, correction * scale), 1e4)

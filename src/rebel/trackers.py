@@ -69,7 +69,7 @@ class Trackers:
         self.state.global_step, self.state.epoch = step, epoch
         self.handler.on_step_end(self.arguments, self.state, self.control)
 
-    def log(self, row: Mapping[str, float]) -> None:
+    def log(self, row: Mapping[str, Any]) -> None:
         """Log the finite numbers of a row, evaluation keys with the prefix that transformers knows them by."""
         logs = {key.replace("eval/", "eval_", 1): value for key, value in row.items() if is_number(value)}
         self.state.log_history.append({**logs, "step": self.state.global_step})

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from rebel import measures
 from rebel.checkpoint import Progress
@@ -25,6 +25,7 @@ DRAW, SHUFFLE, EVALUATE = range(3)
 """Streams of random numbers that must not meet."""
 
 
+@runtime_checkable
 class Hooks(Protocol):
     """Whoever watches over a run: it is told how it goes, keeps what resumes it, and may end it."""
 
@@ -75,7 +76,7 @@ def iterate(run: Run, progress: Progress) -> measures.Measures:
     check_failures(metrics, drawn, run.max_failed)
     order = seed_of(run.seed, SHUFFLE, progress.iteration)
     metrics |= fit(run.learner, run.reference, drawn.kept, run.regression, order, progress.correction, run.hooks.phase)
-    progress.correction = run.regression.step_rule.corrected(progress.correction, metrics["kl_iteration"])
+    progress.correction = run.regression.step_rule.corrected(progress.correction, metrics["scale"])
     progress.iteration += 1
     progress.step = run.learner.steps
     progress.samples += sum(len(group.rollout.completions) for group in drawn.groups)
@@ -102,10 +103,16 @@ def check_failures(metrics: measures.Measures, drawn: Drawn, most: float) -> Non
     """Stop a run whose rewards fail too often: it would learn from a biased remainder."""
     count = sum(len(group.rollout.completions) for group in drawn.groups)
     failed = metrics["failed_rewards"] / count
-    if failed > most or not drawn.kept:
+    if failed > most:
         raise RunStopped(
-            f"{failed:.0%} of this iteration's {count} completions had no usable reward (NaN, infinite, no value, or "
-            f"left alone in their group); --max_failed_rewards allows {most:.0%}. Mend the reward and resume"
+            f"{failed:.0%} of this iteration's {count} completions had no usable reward (NaN, infinite or no value); "
+            f"--max_failed_rewards allows {most:.0%}. Mend the reward and resume"
+        )
+    if not drawn.kept:
+        raise RunStopped(
+            f"no group of this iteration has two completions left to compare: {failed:.0%} had no usable reward, "
+            f"{metrics['unfinished']:.0%} were cut off by the length limit, which --drop_truncated leaves out. Mend "
+            "the reward and resume, or start again with a longer --max_completion_length"
         )
 
 

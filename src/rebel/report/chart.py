@@ -55,7 +55,7 @@ class Axis:
             return f"{100 * value:.3g}%"
         step = self.ticks[1] - self.ticks[0] if len(self.ticks) > 1 else abs(value)
         if abs(value) >= 1e6 or 0 < step < 1e-4:
-            return f"{value:.1e}" if value else "0"
+            return f"{value:.3g}"
         digits = next((d for d in range(5) if math.isclose(round(step, d), step, rel_tol=1e-6)), 5)
         return f"{value:,.{digits}f}"
 
@@ -93,8 +93,8 @@ def axis(values: Iterable[float], whole: bool = False, percent: bool = False, sn
     """A range around the values with four to seven round ticks; `snap` lets it begin and end on one."""
     known = sorted(values)
     low, high = known[0], known[-1]
-    if high - low < 1e-9 * max(1.0, abs(high)):
-        margin = 1.0 if whole else 0.05 if percent else max(0.1 * abs(high), 1e-3)
+    if high - low <= 1e-3 * max(abs(low), abs(high)):
+        margin = 0.05 if percent else max(0.1 * abs(high), 1.0 if whole else 1e-3)
         low, high = low - margin, high + margin
     if percent:
         low, high = min(max(low, 0.0), 0.9), min(max(high, 0.02), 1.0)
@@ -109,7 +109,7 @@ def axis(values: Iterable[float], whole: bool = False, percent: bool = False, sn
 def _round_step(rough: float, whole: bool) -> float:
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(factor * power for factor in (1, 2, 2.5, 5, 10) if factor * power >= rough * (1 - 1e-9))
-    return max(1.0, math.ceil(step)) if whole else step
+    return max(1.0, float(math.ceil(step))) if whole else step
 
 
 def _typical(values: Sequence[float]) -> list[float]:

@@ -135,7 +135,7 @@ def _kl_iteration(rows: Sequence[Row], settings: Row) -> Figure:
             "nats per completion",
             [_line(rows, "iteration", "kl_iteration", STRONG)],
             include=(0.0,),
-            guides=[(goal, "goal")] if goal else [],
+            guides=[(goal, f"goal {goal:g}")] if goal else [],
         ),
     )
 

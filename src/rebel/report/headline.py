@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -82,8 +83,7 @@ def error_of_gain(before: Mean, after: Mean) -> float | None:
 
 def tiles(rows: Sequence[Row], settings: Row) -> list[Tile]:
     """The headline: reward, distance, and what they cost."""
-    evaluated, drawn = last_of(rows, "eval/kl_initial"), last_of(rows, "kl_initial")
-    kl = drawn if evaluated is None else evaluated
+    kl = last_of([{**row, "kl": row.get("eval/kl_initial", row.get("kl_initial"))} for row in rows], "kl")
     group, prompts = settings.get("num_generations"), settings.get("prompts_per_iteration")
     steps = settings.get("steps_per_iteration")
     return [
@@ -95,7 +95,7 @@ def tiles(rows: Sequence[Row], settings: Row) -> list[Tile]:
             detail=f"{prompts} prompts × {group} an iteration" if prompts and group else "",
         ),
         Tile("Optimiser steps", count(last_of(rows, "step")), detail=f"{steps} in each pass" if steps else ""),
-        Tile("Time", duration(sum(map(seconds, rows)) or None), detail=_iterations(rows)),
+        Tile("Time", duration(math.fsum(map(seconds, rows)) or None), detail=_iterations(rows)),
     ]
 
 
@@ -129,14 +129,14 @@ def progress(rows: Sequence[Row], settings: Row) -> str:
 def seconds(row: Row) -> float:
     """How long an iteration took."""
     total = finite(row.get("seconds/total"))
-    return sum(sum(values([row], key)) for key in _phase_keys(row)) if total is None else total
+    return math.fsum(sum(values([row], key)) for key in _phase_keys(row)) if total is None else total
 
 
 def phases(rows: Sequence[Row]) -> list[Phase]:
     """Seconds of each phase over the whole run, longest first."""
     names = dict.fromkeys(key for row in rows for key in _phase_keys(row))
-    spent = {key.removeprefix("seconds/"): sum(values(rows, key)) for key in names}
-    total = sum(spent.values())
+    spent = {key.removeprefix("seconds/"): math.fsum(values(rows, key)) for key in names}
+    total = math.fsum(spent.values())
     if total <= 0:
         return []
     ordered = sorted(spent.items(), key=lambda item: -item[1])
@@ -216,7 +216,7 @@ def _of_steps(rows: Sequence[Row], settings: Row) -> list[str]:
 
 
 def _of_losses(rows: Sequence[Row], settings: Row) -> list[str]:
-    completions, groups = sum(values(rows, "dropped_completions")), sum(values(rows, "dropped_groups"))
+    completions, groups = (math.fsum(values(rows, f"dropped_{what}")) for what in ("completions", "groups"))
     if not completions and not groups:
         return []
     return [f"Left out of training: {completions:,.0f} completions and {groups:,.0f} whole groups."]

@@ -50,6 +50,7 @@ sub { line-height: 0; font-size: .75em; }
   align-items: baseline; min-height: 19px; }
 .legend i { display: inline-block; width: 9px; height: 9px; border-radius: 50%; margin-right: 6px;
   background: var(--c); }
+.legend .dash { height: 0; width: 14px; border-radius: 0; border-top: 1.5px dashed var(--s5); vertical-align: middle; }
 .legend b { color: var(--ink); font-weight: 600; margin-left: 4px; }
 .legend .at { margin-left: auto; }
 .legend span { overflow-wrap: anywhere; }
@@ -57,8 +58,7 @@ sub { line-height: 0; font-size: .75em; }
 svg { display: block; width: 100%; height: auto; touch-action: pan-y; }
 svg text { font-size: 11px; fill: var(--soft); font-family: inherit; }
 .rule { stroke: var(--grid); } .rule.zero { stroke: var(--s1); stroke-opacity: .55; }
-.guide { stroke: var(--s5); stroke-dasharray: 5 4; } svg text.guided { fill: var(--s5); paint-order: stroke;
-  stroke: var(--card); stroke-width: 4px; }
+.guide { stroke: var(--s5); stroke-dasharray: 5 4; }
 .path { fill: none; stroke: var(--c); stroke-width: 2; stroke-linejoin: round; stroke-linecap: round; }
 .path.faint { stroke-width: 1; stroke-opacity: .3; } .band { fill: var(--c); fill-opacity: .13; }
 .bar { stroke: var(--c); stroke-width: 1.4; stroke-opacity: .6; } .dot { fill: var(--c); }
@@ -90,7 +90,8 @@ tr:first-child td { border-top: 0; }
 .settings { columns: 2; column-gap: 40px; } .settings tr { break-inside: avoid; }
 footer { margin-top: 48px; color: var(--soft); font-size: 12.5px; }
 @media (max-width: 900px) { .tiles { grid-template-columns: repeat(2, 1fr); }
-  .tiles > :first-child { grid-column: 1 / -1; } .grid { grid-template-columns: minmax(0, 1fr); } .settings { columns: 1; } }
+  .tiles > :first-child { grid-column: 1 / -1; } .grid { grid-template-columns: minmax(0, 1fr); }
+  .settings { columns: 1; } }
 @media (max-width: 560px) { main { padding: 24px 14px 48px; } h1 { font-size: 24px; } .card { padding: 15px 14px; }
   .tiles { padding: 0; } .tiles > div { padding: 13px 14px; } .tiles .lead { font-size: 22px; }
   .tiles dd { font-size: 20px; } .sides { grid-template-columns: minmax(0, 1fr); gap: 14px; }
@@ -136,6 +137,9 @@ PAGE = """\
     {% for line in plot.series %}
     <span class="c{{ line.colour }}"><i></i>{{ line.name }}<b data-of="{{ loop.index }}">{{ line.last }}</b></span>
     {% endfor %}
+    {% for _, words in plot.guides %}
+    <span><i class="dash"></i>{{ words }}</span>
+    {% endfor %}
     <span class="at" data-unit="{{ 'iteration' if plot.over_time else 'at KL' }}"></span>
   </div>
   <svg viewBox="0 0 {{ size[0] }} {{ size[1] }}" role="img" aria-label="{{ plot.title }} against {{ plot.x_title }}">
@@ -148,7 +152,7 @@ PAGE = """\
     <text x="{{ x }}" y="{{ frame.bottom + 16 }}" text-anchor="middle">{{ label }}</text>
     {% endfor %}
     <text x="{{ frame.right }}" y="{{ size[1] - 3 }}" text-anchor="end">{{ plot.x_title }}</text>
-    {% for y, label in plot.guides %}
+    {% for y, _ in plot.guides %}
     <line class="guide" x1="{{ frame.left }}" x2="{{ frame.right }}" y1="{{ y }}" y2="{{ y }}"/>
     {% endfor %}
     {% for line in plot.series %}
@@ -163,9 +167,6 @@ PAGE = """\
       <circle class="dot" cx="{{ x }}" cy="{{ y }}" r="{{ 3.4 if line.dots | length < 30 else 2.3 }}"/>
       {% endfor %}
     </g>
-    {% endfor %}
-    {% for y, label in plot.guides %}
-    <text class="guided" x="{{ frame.left + 4 }}" y="{{ y - 5 }}">{{ label }}</text>
     {% endfor %}
     {% for line in plot.series %}
     <circle class="cursor c{{ line.colour }}" r="4.6" visibility="hidden" data-series="{{ loop.index }}"
@@ -233,7 +234,8 @@ PAGE = """\
   {% for tile in tiles %}
   <div><dt>{{ tile.name }}</dt>
     <dd{% if loop.first %} class="lead"{% endif %}>
-      {%- if tile.before %}<span class="before">{{ measured(tile.before) }}</span><span class="arrow"> → </span>{% endif %}
+      {%- if tile.before %}<span class="before">{{ measured(tile.before) }}</span>
+      <span class="arrow">→</span> {% endif %}
       {{- measured(tile.value) }}</dd>
     <dd class="detail">{{ tile.detail }}</dd></div>
   {% endfor %}

@@ -84,7 +84,7 @@ class Terminal:
         self._line(text, "")
 
     @contextmanager
-    def phase(self, name: str, total: float | None = None) -> Iterator[Advance]:
+    def phase(self, name: str, total: int | None = None) -> Iterator[Advance]:
         """A progress bar while the block runs; gives `advance(n, tokens=..., **info)`."""
         if not self._bars:
             yield lambda n=1, **info: None
@@ -163,7 +163,7 @@ def _progress(console: Console) -> Progress:
 def _advance(progress: Progress, task: Any) -> Advance:
     started, tokens_so_far = time.monotonic(), 0
 
-    def advance(n: float = 1, tokens: int = 0, **info: Any) -> None:
+    def advance(n: int = 1, tokens: int = 0, **info: Any) -> None:
         nonlocal tokens_so_far
         tokens_so_far += tokens
         speed = tokens_so_far / max(time.monotonic() - started, 1e-6)

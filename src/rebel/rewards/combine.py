@@ -59,11 +59,7 @@ def weighted_sum(values: Sequence[Values], weights: Sequence[float]) -> Float[Te
 
 def _sum_of_known(values: Sequence[float | None], weights: Sequence[float]) -> float | None:
     known = [(weight, value) for weight, value in zip(weights, values, strict=True) if value is not None]
-    if not known:
-        return None
-    if not all(math.isfinite(value) for _, value in known):
-        return math.nan
-    return sum(weight * value for weight, value in known)
+    return sum(weight * value for weight, value in known) if known else None
 
 
 def distinct(names: Sequence[str]) -> tuple[str, ...]:

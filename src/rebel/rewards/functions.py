@@ -139,8 +139,8 @@ class PerCompletion:
 
 def as_rewards(values: Values) -> Float[Tensor, " N"]:
     """Values as rewards: NaN where there is none, or none that can be used."""
-    usable = [math.nan if value is None or not math.isfinite(value) else value for value in values]
-    return torch.tensor(usable, dtype=torch.float32)
+    rewards = torch.tensor([math.nan if value is None else value for value in values], dtype=torch.float32)
+    return rewards.masked_fill(~rewards.isfinite(), math.nan)
 
 
 @functools.cache

@@ -76,7 +76,10 @@ def choose(logits: Float[Tensor, "N V"], temperature: float, generator: torch.Ge
     """One token for each row, drawn from softmax(logits / temperature); the likeliest at temperature 0."""
     if temperature == 0:
         return logits.argmax(dim=-1)
-    return torch.multinomial((logits.float() / temperature).softmax(dim=-1), 1, generator=generator)[:, 0]
+    # by the inverse of the distribution function: one random number a row, where multinomial takes one a token
+    heights = (logits.float() / temperature).softmax(dim=-1).cumsum(dim=-1)
+    chance = torch.rand(len(logits), 1, generator=generator, device=logits.device) * heights[:, -1:]
+    return torch.searchsorted(heights, chance, right=True)[:, 0].clamp(max=logits.shape[-1] - 1)
 
 
 @dataclass(frozen=True)

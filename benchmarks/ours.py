@@ -1,0 +1,145 @@
+"""REBEL on the task of story.py, in the format of peers.py.
+
+    python benchmarks/ours.py run --learning_rate 1e-4 --seed 1
+    python benchmarks/ours.py grid
+
+A row with eta = 1e6 has the regression switched off: what is left is RLOO's gradient, taken several times.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import story
+from transformers.utils import logging
+
+from rebel import RebelConfig
+from rebel.build import Job, build_job, build_model, build_reward, build_tokenizer
+from rebel.checkpoint import Progress
+from rebel.train import iterate
+from rebel.types import Prompt
+
+MILESTONES = (192, 256, 320, 640, 1280, 2560, 5120)
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """One run of REBEL, apart from its seed. An iteration draws prompts x group completions."""
+
+    task: str = "sentiment"
+    scale_rewards: str = "none"
+    learning_rate: float = 1e-4
+    prompts: int = 8
+    group: int = 8
+    steps: int = 8
+    passes: int = 1
+    beta: float = 0.0
+    eta: float | str = "auto"
+    kl_per_iteration: float = RebelConfig.kl_per_iteration
+    average: float = RebelConfig.average
+    max_grad_norm: float = RebelConfig.max_grad_norm
+    samples: int = 1280
+
+    @property
+    def per_iteration(self) -> int:
+        return self.prompts * self.group
+
+
+def config(settings: Settings, seed: int, folder: str) -> RebelConfig:
+    """The same work as a peer's, in the settings of REBEL."""
+    return RebelConfig(
+        model_name_or_path=str(story.folder("stories260K")),
+        output_dir=folder,
+        seed=seed,
+        eta=settings.eta,
+        kl_per_iteration=settings.kl_per_iteration,
+        beta=settings.beta,
+        average=settings.average,
+        max_grad_norm=settings.max_grad_norm,
+        scale_rewards=settings.scale_rewards,
+        learning_rate=settings.learning_rate,
+        num_generations=settings.group,
+        prompts_per_iteration=settings.prompts,
+        steps_per_iteration=settings.steps,
+        num_iterations=settings.passes,
+        iterations=-(-settings.samples // settings.per_iteration),
+        max_completion_length=story.MAX_NEW_TOKENS,
+        track_kl=False,
+        use_cpu=True,
+        eval_prompts=0,
+        disable_tqdm=True,
+    )
+
+
+def job(settings: Settings, seed: int, folder: str) -> tuple[Job, list[str]]:
+    """A run that is ready to start, and the held-out prompts."""
+    logging.disable_progress_bar()
+    resolved = config(settings, seed, folder)
+    tokenizer = build_tokenizer(resolved)
+    held_out, train = story.load_prompts(tokenizer)
+    reward = partial(build_reward, resolved, rewards=[story.REWARDS[settings.task]])
+    prompts = [Prompt(text) for text in train], []
+    return build_job(resolved, build_model(resolved), tokenizer, reward, prompts), held_out
+
+
+def run(settings: Settings, seed: int) -> dict[str, Any]:
+    """Train and evaluate REBEL once; the row for the results file."""
+    with TemporaryDirectory() as folder:
+        ready, held_out = job(settings, seed, folder)
+        begin, begin_cpu, aside = time.perf_counter(), time.process_time(), 0.0
+        points, progress, rows = [], Progress(), []
+        while progress.iteration < ready.iterations:
+            rows.append(iterate(ready.run, progress))
+            if progress.samples in MILESTONES:
+                started = time.perf_counter()
+                points.append({"samples": progress.samples, "steps": progress.step} | evaluate(ready, held_out, seed))
+                aside += time.perf_counter() - started
+    seconds = time.perf_counter() - begin
+    return identity(settings, seed) | {
+        "curve": points,
+        "iterations": [{k: row.get(k) for k in ("eta", "kl_iteration", "r2_held_out", "reward")} for row in rows],
+        "seconds": {"training": round(seconds - aside, 1), "evaluation": round(aside, 1)},
+        "cpu_seconds": round(time.process_time() - begin_cpu, 1),
+    }
+
+
+def evaluate(ready: Job, held_out: list[str], seed: int) -> dict[str, float]:
+    """The peers' own evaluation, of the averaged iterate if one is kept."""
+    task = story.REWARDS[ready.config.reward_funcs[0]] if ready.config.reward_funcs else None
+    learner = ready.run.learner
+    reward = task or ready.reward.rewards[0].fn
+    with learner.use_average():
+        result = story.evaluate(learner.policy.model, learner.policy.tokenizer, held_out, reward, seed=seed)
+    return asdict(result)
+
+
+def identity(settings: Settings, seed: int) -> dict[str, Any]:
+    """What tells a run from all others."""
+    named = asdict(settings)
+    return {"method": "rebel", "task": named.pop("task"), "settings": named, "seed": seed}
+
+
+def run_once(settings: Settings, seed: int) -> dict[str, Any]:
+    """The row of this run: from the results file, or run now and added to it."""
+    done = story.finished_run(story.read_runs(), **identity(settings, seed))
+    if done:
+        return dict(done)
+    row = run(settings, seed)
+    story.add_run(row)
+    show(row)
+    return row
+
+
+def show(row: dict[str, Any]) -> None:
+    """One line for the log."""
+    s = row["settings"]
+    points = "  ".join(f"{p['samples']}: {p['reward']:.3f} at {p['kl']:.2f}" for p in row["curve"])
+    names = f"rebel {row['task']} eta {s['eta']} lr {s['learning_rate']:g} average {s['average']:g}"
+    batch = f"{s['prompts']}x{s['group']}/{s['steps']}x{s['passes']} beta {s['beta']:g}"
+    print(f"{names} {batch} seed {row['seed']}  {points}  {row['cpu_seconds']} CPU seconds", flush=True)

@@ -1,0 +1,121 @@
+"""A small Llama that learns a task's text by ordinary supervised learning, until it is as good as is asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+
+import torch
+from jaxtyping import Int
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from rebel.data import shuffled
+
+EOS = "<eos>"
+IGNORED = -100
+CHECK_EVERY = 10
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """Size of the model and how it is taught."""
+
+    hidden_size: int = 64
+    layers: int = 2
+    heads: int = 4
+    learning_rate: float = 2e-3
+    batch: int = 128
+    most_steps: int = 1500
+
+
+@dataclass(frozen=True, slots=True)
+class Lessons:
+    """Worked examples as ids, and the next token to learn at each place (of the answers alone)."""
+
+    ids: Int[Tensor, "N T"]
+    targets: Int[Tensor, "N T"]
+
+    def __getitem__(self, rows: Sequence[int]) -> Lessons:
+        return Lessons(self.ids[rows], self.targets[rows])
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+def character_tokenizer(alphabet: str) -> PreTrainedTokenizerFast:
+    """One token for each character of the alphabet, and the end of sequence."""
+    vocabulary = {symbol: number for number, symbol in enumerate([EOS, *alphabet])}
+    core = Tokenizer(models.WordLevel(vocabulary, unk_token=EOS))
+    core.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    core.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(tokenizer_object=core, eos_token=EOS, pad_token=EOS)
+
+
+def small_llama(tokenizer: PreTrainedTokenizerFast, recipe: Recipe, positions: int) -> LlamaForCausalLM:
+    """An untrained model for the tokenizer's alphabet; its weights come from torch's random numbers."""
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=recipe.hidden_size,
+        intermediate_size=2 * recipe.hidden_size,
+        num_hidden_layers=recipe.layers,
+        num_attention_heads=recipe.heads,
+        max_position_embeddings=positions,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return LlamaForCausalLM(config)
+
+
+def lessons(tokenizer: PreTrainedTokenizerFast, examples: Sequence[tuple[str, str]]) -> Lessons:
+    """Pairs of prompt and answer as rows of equal length; the prompts are read and not learnt."""
+    end = tokenizer.eos_token_id
+    asked = [tokenizer(prompt).input_ids for prompt, _ in examples]
+    told = [[*tokenizer(answer).input_ids, end] for _, answer in examples]
+    length = max(len(p) + len(a) for p, a in zip(asked, told, strict=True))
+    ids = torch.full((len(examples), length), end)
+    targets = torch.full((len(examples), length), IGNORED)
+    for row, (prompt, answer) in enumerate(zip(asked, told, strict=True)):
+        ids[row, : len(prompt) + len(answer)] = torch.tensor(prompt + answer)
+        targets[row, len(prompt) - 1 : len(prompt) + len(answer) - 1] = torch.tensor(answer)
+    return Lessons(ids, targets)
+
+
+@torch.no_grad()
+def greedy_accuracy(model: LlamaForCausalLM, exam: Lessons) -> float:
+    """Share of answers that greedy decoding gets right to the end: those whose every token is the likeliest."""
+    likeliest = model(input_ids=exam.ids).logits.argmax(dim=-1)
+    return float(((likeliest == exam.targets) | (exam.targets == IGNORED)).all(dim=1).float().mean())
+
+
+def teach(model: LlamaForCausalLM, course: Lessons, exam: Lessons, until: float, recipe: Recipe, seed: int) -> int:
+    """Supervised learning until the accuracy on the exam reaches `until`; the number of steps it took."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.learning_rate, weight_decay=0.0)
+    for step, rows in enumerate(batches(len(course), recipe.batch, seed), start=1):
+        part = course[rows]
+        logits = model(input_ids=part.ids).logits
+        cross_entropy(logits.flatten(0, 1), part.targets.flatten(), ignore_index=IGNORED).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        if step == recipe.most_steps or (step % CHECK_EVERY == 0 and greedy_accuracy(model, exam) >= until):
+            return step
+    raise AssertionError("batches never end")
+
+
+def batches(examples: int, size: int, seed: int) -> Iterator[list[int]]:
+    """Rows of the examples in endless shuffled passes."""
+    for lap in count():
+        order = shuffled(examples, seed, lap)
+        yield from (order[start : start + size] for start in range(0, examples, size))
+
+
+def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+    """Write both as Hugging Face loads them."""
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)

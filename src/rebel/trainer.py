@@ -1,0 +1,138 @@
+"""RebelTrainer: the names a user of TRL knows, over the same parts as the command line."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+from peft import PeftConfig
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+
+from rebel.build import build_job, build_model, build_reward, build_tokenizer, with_adapter
+from rebel.checkpoint import Progress
+from rebel.config import RebelConfig
+from rebel.data import prompts_of
+from rebel.errors import RebelError
+from rebel.from_trl import translate_batch
+from rebel.job import carry_out, push
+from rebel.record import checkpoint_to_resume, claim_folder
+from rebel.train import run_evaluation
+from rebel.types import Prompt
+from rebel.validate import validate
+
+RewardFunc = str | Callable[..., Any] | PreTrainedModel
+
+
+class RebelTrainer:
+    """Tunes a causal language model with REBEL; takes the place of TRL's GRPOTrainer.
+
+    Datasets have a column `prompt`, text or chat messages; their other columns reach the reward functions by name.
+    A reward function returns a number for each completion, or None where it does not apply.
+    """
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel,
+        reward_funcs: RewardFunc | Sequence[RewardFunc],
+        args: RebelConfig | None = None,
+        train_dataset: Dataset | Sequence[dict[str, Any]] | None = None,
+        eval_dataset: Dataset | Sequence[dict[str, Any]] | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        peft_config: PeftConfig | None = None,
+        callbacks: Sequence[TrainerCallback | type[TrainerCallback]] = (),
+    ) -> None:
+        self.args = settings(args or RebelConfig(), model, peft_config)
+        rewards = list(reward_funcs) if isinstance(reward_funcs, list | tuple) else [reward_funcs]
+        self.processing_class = processing_class or build_tokenizer(self.args)
+        self.job = build_job(
+            self.args,
+            loaded_model(model, self.args, peft_config),
+            self.processing_class,
+            partial(build_reward, self.args, rewards=rewards),
+            (prompts(train_dataset, self.args, "train_dataset"), held_out(eval_dataset, self.args)),
+            callbacks,
+        )
+
+    @property
+    def model(self) -> nn.Module:
+        """The policy's model, with its adapter if it has one."""
+        return self.job.run.learner.policy.model
+
+    @property
+    def state(self) -> Any:
+        """transformers' TrainerState: `log_history`, `global_step` and the rest."""
+        return self.job.recorder.trackers.state
+
+    def train(self, resume_from_checkpoint: str | bool | None = None) -> Progress:
+        """Run to the end; returns where the run stands. Settings, metrics, report and model are in `output_dir`."""
+        if resume_from_checkpoint is not None:
+            self.args = replace(self.args, resume_from_checkpoint=resume_from_checkpoint)
+        resume = checkpoint_to_resume(self.args)
+        claim_folder(self.args, resume is not None)
+        for line in self.job.plan:
+            self.job.recorder.terminal.say(line)
+        progress = carry_out(self.job, resume)
+        if self.args.push_to_hub:
+            self.push_to_hub()
+        return progress
+
+    def evaluate(self) -> dict[str, float]:
+        """Reward on the evaluation prompts with its standard error, KL to the initial policy, lengths."""
+        run = self.job.run
+        if run.evaluation is None:
+            raise RebelError("there is nothing to evaluate on: give an eval_dataset")
+        with run.learner.use_average():
+            return run_evaluation(run, run.evaluation).metrics
+
+    def save_model(self, output_dir: str | None = None) -> None:
+        """Write the policy as Hugging Face loads it, with its tokenizer and a model card."""
+        if self.job.recorder.main:
+            self.job.recorder.save_model(Path(output_dir or self.args.output_dir))
+
+    def push_to_hub(self) -> str:
+        """Upload what is in `output_dir`; returns the address."""
+        return push(self.job)
+
+    def add_callback(self, callback: TrainerCallback | type[TrainerCallback]) -> None:
+        """One more callback of transformers."""
+        self.job.recorder.trackers.handler.add_callback(callback)
+
+
+def settings(args: RebelConfig, model: str | PreTrainedModel, peft_config: PeftConfig | None) -> RebelConfig:
+    """The settings with what the objects say, checked, and TRL's batch arguments translated."""
+    name = model if isinstance(model, str) else getattr(model.config, "_name_or_path", "") or None
+    args = replace(args, model_name_or_path=name, use_peft=args.use_peft or peft_config is not None)
+    args, lines = translate_batch(args, world_size=world_size())
+    for line in lines:
+        print(line)
+    return validate(args, inputs=False)
+
+
+def world_size() -> int:
+    import os
+
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def loaded_model(model: str | PreTrainedModel, args: RebelConfig, peft_config: PeftConfig | None) -> nn.Module:
+    """The model itself, with its adapter."""
+    if isinstance(model, str):
+        bare = build_model(replace(args, use_peft=args.use_peft and peft_config is None))
+        return with_adapter(bare, args, peft_config) if peft_config else bare
+    return with_adapter(model, args, peft_config) if args.use_peft and not hasattr(model, "peft_config") else model
+
+
+def prompts(dataset: Dataset | Sequence[dict[str, Any]] | None, args: RebelConfig, name: str) -> list[Prompt]:
+    if dataset is None:
+        raise RebelError(f"{name} is missing: rows with a column {args.prompt_column!r}")
+    return prompts_of(dataset, args.prompt_column, name)
+
+
+def held_out(dataset: Dataset | Sequence[dict[str, Any]] | None, args: RebelConfig) -> list[Prompt]:
+    """The first `eval_prompts` rows of the evaluation set; nothing is taken from the training set in its place."""
+    return [] if dataset is None else prompts(dataset, args, "eval_dataset")[: args.eval_prompts]

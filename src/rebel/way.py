@@ -1,0 +1,53 @@
+"""The way of the weights in one iteration, held to a goal of KL."""
+
+from __future__ import annotations
+
+import math
+
+from rebel import measures
+from rebel.algorithm import Fit
+from rebel.learner import Learner
+from rebel.stepsize import SLACK
+
+SHORTEST, LONGEST = 0.25, 4.0
+"""How far the movement of the weights may be scaled at the end of an iteration."""
+
+
+class Way:
+    """Follows the weights of `learner` from here, and scales their way so that the policy moves by `goal` nats.
+
+    To second order the KL grows with the square of the distance of the weights. The factor between the two is
+    measured on every minibatch before its own first step, when its completions are still unseen; pooled over the
+    minibatches it is far less noisy than the KL on the last of them. (Where there is but one minibatch, its later
+    passes have to do.) Without a goal it does nothing.
+    """
+
+    def __init__(self, learner: Learner, goal: float | None) -> None:
+        self.learner, self.goal = learner, goal
+        self.start = learner.depart() if goal else None
+        self.last = 0.0
+        self.factors: list[float] = []
+        self.worn: list[float] = []
+
+    def too_far(self, fit: Fit) -> bool:
+        """Whether the remaining steps should be left out; takes the measure of a minibatch."""
+        if self.start is None:
+            return False
+        if self.last:
+            factor = measures.half_variance(fit.logp - fit.batch.anchor_logp) / self.last
+            (self.factors if fit.fresh else self.worn).append(factor)
+        self.last = self.learner.distance(self.start)
+        return self.kl > SLACK * self.goal
+
+    @property
+    def kl(self) -> float:
+        """KL of the weights as they are now to where they set out, by the factor measured so far."""
+        return self.last * measures.mean(self.factors or self.worn)
+
+    def end(self) -> float:
+        """Scale the way to the goal as far as may be; returns the scale."""
+        if self.start is None or not self.kl > 0:
+            return 1.0
+        scale = min(LONGEST, max(SHORTEST, math.sqrt(self.goal / self.kl)))
+        self.learner.scale_way(self.start, scale)
+        return scale

@@ -1,0 +1,360 @@
+"""A causal language model as a policy: log pi(y|x) is right, whatever the batch, the padding and the architecture."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+
+import pytest
+import tiny
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from tiny import BOS, CONFIGS, EOS, PAD, SCALED, VOCABULARY
+from torch import Tensor, nn
+from transformers import GenerationConfig, PreTrainedConfig
+
+from rebel.build import build_policy
+from rebel.config import RebelConfig
+from rebel.errors import RebelError
+from rebel.policies import causal_lm as module
+from rebel.policies.causal_lm import (
+    CausalLM,
+    causal_lm,
+    check_head,
+    frozen_copy,
+    initial_adapter,
+    pad_right,
+    without_adapter,
+)
+from rebel.types import LogProb, Policy, Prompt, TokenTrace
+
+KINDS = list(CONFIGS)
+
+
+def naive(policy: CausalLM, trace: TokenTrace) -> Tensor:
+    """log pi(y|x) from all logits of this one sequence, token by token."""
+    ids = trace.prompt + trace.completion
+    logits = policy.model(torch.tensor([ids])).logits[0].double() / policy.bare.temperature
+    logp = logits.log_softmax(dim=-1)
+    start = len(trace.prompt)
+    written = [start + k for k, own in enumerate(trace.written) if own]
+    return sum((logp[place - 1, ids[place]] for place in written), torch.zeros((), dtype=torch.float64))
+
+
+def in_double(kind: str | PreTrainedConfig, temperature: float = 1.0) -> CausalLM:
+    return causal_lm(tiny.model(kind).double(), tiny.tokenizer(), temperature)
+
+
+def with_lora(policy: CausalLM, seed: int = 0, dropout: float = 0.0) -> CausalLM:
+    """The policy with an adapter that already does something."""
+    lora = LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM", lora_dropout=dropout)
+    adapted = get_peft_model(copy.deepcopy(policy.model), lora)
+    torch.manual_seed(seed)
+    for name, weight in adapted.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(weight.data, std=0.1)
+    return causal_lm(adapted, policy.tokenizer, policy.bare.temperature)
+
+
+def train_a_little(policy: CausalLM, steps: int = 3) -> None:
+    weights = [weight for weight in policy.model.parameters() if weight.requires_grad]
+    optimizer = torch.optim.AdamW(weights, lr=0.05)
+    for _ in range(steps):
+        policy.backward(tiny.traces(), torch.ones_like, lambda loss: loss.backward())
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+# -- the sum over the completion -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_log_prob_is_that_of_all_logits_and_independent_of_batch_padding_and_order(kind: str) -> None:
+    for policy, tolerance in ((tiny.policy(kind, 0.7), 1e-5), (in_double(kind, 0.7), 1e-10)):
+        traces = tiny.traces()
+        alone = torch.stack([naive(policy, trace) for trace in traces])
+        together = policy.log_prob(traces)
+        assert together.shape == (len(traces), 1)
+        turned = policy.log_prob(traces[::-1]).flip(0)
+        single = torch.cat([policy.log_prob([trace]) for trace in traces])
+        for logp in (together, turned, single):
+            torch.testing.assert_close(logp[:, 0].double(), alone, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_probabilities_of_all_one_token_answers_sum_to_one(kind: str) -> None:
+    policy = in_double(kind, 1.3)
+    for prompt in ((5,), (4, EOS, PAD, 9)):
+        answers = [TokenTrace(prompt, (token,)) for token in range(VOCABULARY)]
+        other = [tiny.trace(3, 9)]  # padding does not take part
+        assert policy.log_prob(answers + other)[:-1].exp().sum().item() == pytest.approx(1.0, abs=1e-10)
+
+
+@torch.no_grad()
+def test_probabilities_of_all_answers_of_up_to_two_tokens_sum_to_one() -> None:
+    policy = in_double("llama", 0.6)
+    answers = [(EOS,), *((a, b) for a in range(VOCABULARY) if a != EOS for b in range(VOCABULARY))]
+    logp = policy.log_prob([TokenTrace((8, 9), answer) for answer in answers])
+    assert logp.exp().sum().item() == pytest.approx(1.0, abs=1e-10)
+
+
+@torch.no_grad()
+def test_temperature_divides_the_logits_and_not_the_log_probability() -> None:
+    trace = [tiny.trace(4, 6)]
+    cold, plain = (in_double("llama", t).log_prob(trace).item() for t in (0.5, 1.0))
+    assert cold != pytest.approx(2 * plain, rel=1e-3)
+    assert cold == pytest.approx(naive(in_double("llama", 0.5), trace[0]).item(), abs=1e-10)
+
+
+@torch.no_grad()
+def test_several_written_stretches_are_the_sum_of_their_tokens() -> None:
+    policy = in_double("qwen3", 0.9)
+    whole = tiny.trace(3, 9)
+    masks = [
+        (True, True, False, False, True, True, True, False, True),
+        (False,) * 8 + (True,),
+        (False,) * 9,
+    ]
+    traces = [TokenTrace(whole.prompt, whole.completion, mask) for mask in masks]
+    expected = torch.stack([naive(policy, trace) for trace in traces])
+    torch.testing.assert_close(policy.log_prob([*traces, whole])[:-1, 0], expected, rtol=1e-10, atol=1e-10)
+    steps = [TokenTrace(whole.prompt + whole.completion[:k], whole.completion[k : k + 1]) for k in range(9)]
+    each = policy.log_prob(steps)[:, 0]
+    by_hand = torch.stack([each[torch.tensor(mask)].sum() for mask in masks])
+    torch.testing.assert_close(expected, by_hand, rtol=1e-10, atol=1e-10)
+
+
+def test_masks_come_from_lengths_and_never_from_token_values() -> None:
+    traces = [TokenTrace((PAD, BOS), (PAD, EOS, PAD, 7, EOS)), TokenTrace((PAD,), (PAD,)), tiny.trace(4, 6)]
+    ids, written = pad_right(traces, torch.device("cpu"))
+    assert written.sum(dim=1).tolist() == [5, 1, 6]
+    assert written.nonzero()[:5, 1].tolist() == [2, 3, 4, 5, 6]
+    assert ids[0, :7].tolist() == [PAD, BOS, PAD, EOS, PAD, 7, EOS]
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+@torch.no_grad()
+def test_special_tokens_inside_a_completion_count_like_any_other(kind: str) -> None:
+    policy = in_double(kind)
+    special = [TokenTrace((PAD, BOS, 8), (PAD, EOS, PAD, 7, EOS, EOS)), TokenTrace((EOS,), (PAD, PAD))]
+    expected = torch.stack([naive(policy, trace) for trace in special])
+    torch.testing.assert_close(policy.log_prob([*special, tiny.trace(1, 12)])[:-1, 0], expected)
+
+
+# -- in chunks ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "gemma2", "qwen3"])  # tied, softcapped and free output layers
+def test_chunks_change_neither_values_nor_gradients(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    results = []
+    for tokens in (10**6, 5):
+        monkeypatch.setattr(module, "CHUNK_ELEMENTS", tokens * VOCABULARY)
+        policy = in_double(kind, 0.8)
+        heads: list[int] = []
+        policy.model.get_output_embeddings().register_forward_hook(lambda m, i, o, seen=heads: seen.append(len(i[0])))
+        logp = policy.backward(tiny.traces(), lambda logp: logp.cos(), lambda loss: loss.backward())
+        results.append((logp, {n: p.grad for n, p in policy.model.named_parameters()}, heads))
+    (logp, gradients, one), (chunked, chunked_gradients, many) = results
+    assert len(one) == 1 and max(many) <= 5 and len(many) == 2 * -(-one[0] // 5)  # once more in the backward pass
+    torch.testing.assert_close(chunked, logp, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(chunked_gradients, gradients, rtol=1e-10, atol=1e-10)
+
+
+# -- what models and tokenizers there are --------------------------------------------------------------------------
+
+
+def test_it_is_a_policy_and_costs_tokens() -> None:
+    policy = tiny.policy()
+    assert isinstance(policy, Policy)
+    assert policy.cost(tiny.trace(4, 6)) == 10
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "gemma2"])
+@torch.no_grad()
+def test_bf16_weights_give_fp32_log_probs(kind: str) -> None:
+    policy = causal_lm(tiny.model(kind).bfloat16(), tiny.tokenizer(), 0.7)
+    traces = tiny.traces()
+    logp = policy.log_prob(traces)
+    assert logp.dtype == torch.float32
+    expected = torch.stack([naive(policy, trace) for trace in traces])
+    torch.testing.assert_close(logp[:, 0].double(), expected, rtol=2e-2, atol=2e-2)
+    sums = logp[:, 0]
+    assert not torch.equal(sums, sums.bfloat16().float()), "sums rounded to bf16"
+
+
+@pytest.mark.parametrize("kind", list(SCALED))
+def test_a_model_that_scales_its_logits_in_its_own_way_is_refused(kind: str) -> None:
+    with pytest.raises(RebelError, match="changes its logits after the output layer"):
+        tiny.policy(SCALED[kind])
+
+
+def test_a_small_scale_of_small_logits_is_refused_too() -> None:
+    with pytest.raises(RebelError, match="GraniteForCausalLM"):
+        tiny.policy(SCALED["granite"], initializer_range=0.02)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_models_as_they_are_pass_the_check(kind: str) -> None:
+    for policy in (tiny.policy(kind), causal_lm(tiny.model(kind).bfloat16(), tiny.tokenizer(), 0.5)):
+        check_head(policy)
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "generation", "expected"),
+    [
+        ({"pad": "</s>"}, None, {EOS}),
+        ({"pad": None}, None, {EOS}),
+        ({}, [1, 2], {1, 2}),
+        ({}, 9, {2, 9}),
+        ({"eos": None}, [7], {7}),
+    ],
+)
+def test_ends_of_sequence_and_padding(tokenizer: dict, generation: int | list[int] | None, expected: set[int]) -> None:
+    model = tiny.model()
+    model.generation_config = GenerationConfig(eos_token_id=generation)
+    policy = causal_lm(model, tiny.tokenizer(**tokenizer))
+    assert policy.eos_ids == expected
+    for end in expected:
+        assert policy.completion(Prompt("w1"), [8], [9, end]).finished
+    assert not policy.completion(Prompt("w1"), [8], [EOS if EOS not in expected else 3, 11]).finished
+    torch.testing.assert_close(
+        policy.log_prob(tiny.traces()), tiny.policy().log_prob(tiny.traces()), rtol=1e-6, atol=1e-6
+    )
+
+
+def test_a_tokenizer_without_any_end_is_refused() -> None:
+    model = tiny.model(eos_token_id=None)
+    model.generation_config = GenerationConfig()
+    with pytest.raises(RebelError, match="no EOS token"):
+        causal_lm(model, tiny.tokenizer(eos=None))
+
+
+def test_prompts_are_encoded_as_text_or_through_the_chat_template() -> None:
+    policy = causal_lm(tiny.model(), tiny.tokenizer(chat=True))
+    assert policy.encode(Prompt("w0 w1 nonsense")) == [7, 8, 3]
+    assert policy.encode(Prompt("w0 </s>")) == [7], "an end of sequence that the tokenizer adds is no prompt"
+    messages = [{"role": "user", "content": "w0 w1"}]
+    assert policy.encode(Prompt(messages)) == [BOS, 4, 7, 8, BOS, 5]
+    assert policy.completion(Prompt(messages), [BOS], [9, EOS]).content == [{"role": "assistant", "content": "w2"}]
+    drawn = policy.completion(Prompt("w0"), [7], [9, EOS])
+    assert drawn.content == "w2" and drawn.trace == TokenTrace((7,), (9, EOS))
+
+
+# -- training ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "opt"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_dropout_is_off_also_where_gradients_are_taken(kind: str, checkpointing: bool) -> None:
+    model = tiny.model(tiny.OPT if kind == "opt" else kind).train()
+    policy = build_policy(model, tiny.tokenizer(), RebelConfig(gradient_checkpointing=checkpointing))
+    plain = tiny.policy(tiny.OPT if kind == "opt" else kind).log_prob(tiny.traces()).detach()
+    for _ in range(2):
+        logp = policy.backward(tiny.traces(), torch.ones_like, lambda loss: loss.backward())
+        torch.testing.assert_close(logp, plain, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("lora", [False, True])
+def test_gradient_checkpointing_recomputes_every_layer_and_changes_no_gradient(kind: str, lora: bool) -> None:
+    gradients, calls = [], []
+    for checkpointing in (False, True):
+        policy = in_double(kind)
+        policy = with_lora(policy) if lora else policy
+        policy = build_policy(policy.model, policy.tokenizer, RebelConfig(gradient_checkpointing=checkpointing))
+        seen: list[int] = []
+        layers = [m for m in policy.model.modules() if hasattr(m, "gradient_checkpointing") and hasattr(m, "mlp")]
+        assert len(layers) == 2
+        for layer in layers:
+            layer.register_forward_pre_hook(lambda m, i, seen=seen: seen.append(1))
+        policy.backward(tiny.traces(), lambda logp: logp.sin(), lambda loss: loss.backward())
+        gradients.append({n: p.grad for n, p in policy.model.named_parameters() if p.requires_grad})
+        calls.append(len(seen))
+        assert not any(m.training for m in policy.model.modules())
+    assert calls == [2, 4]
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("lora", [False, True])
+def test_gradient_reaches_every_trained_parameter(kind: str, lora: bool) -> None:
+    policy = with_lora(tiny.policy(kind)) if lora else tiny.policy(kind)
+    policy.backward(tiny.traces(), lambda logp: logp.cos(), lambda loss: loss.backward())
+    trained = {name: p.grad for name, p in policy.model.named_parameters() if p.requires_grad}
+    assert trained and all(("lora_" in name) == lora for name in trained)
+    assert [name for name, gradient in trained.items() if gradient is None or not gradient.abs().sum() > 0] == []
+
+
+def test_backward_is_the_gradient_of_the_weighted_sum() -> None:
+    policy, other = in_double("llama"), in_double("llama")
+    given: list[Tensor] = []
+
+    def weigh(logp: Tensor) -> Tensor:
+        assert not logp.requires_grad
+        given.append(logp)
+        return logp.square()
+
+    returned = policy.backward(tiny.traces(), weigh, lambda loss: loss.backward())
+    logp = other.log_prob(tiny.traces())
+    (logp.detach().square() * logp).sum().backward()
+    torch.testing.assert_close(returned, given[0])
+    assert not returned.requires_grad
+    for own, expected in zip(policy.model.parameters(), other.model.parameters(), strict=True):
+        torch.testing.assert_close(own.grad, expected.grad)
+
+
+# -- references ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=["model", "base", "initial_adapter"])
+def reference(request: pytest.FixtureRequest) -> Iterator[tuple[CausalLM, LogProb, Tensor]]:
+    """A policy, a reference of it, and what the reference has to say for ever."""
+    start = tiny.policy("llama", 0.8)
+    if request.param == "model":
+        yield start, frozen_copy(start), start.log_prob(tiny.traces()).detach()
+        return
+    adapted = with_lora(start, dropout=0.5)
+    base = start.log_prob(tiny.traces()).detach()
+    trained = adapted.log_prob(tiny.traces()).detach()
+    assert (base - trained).abs().max() > 0.05
+    if request.param == "base":
+        yield adapted, without_adapter(adapted), base
+    else:
+        yield adapted, initial_adapter(adapted), trained
+
+
+def test_the_reference_is_the_initial_policy_and_stays_where_it_is(reference: tuple[CausalLM, LogProb, Tensor]) -> None:
+    policy, log_prob, expected = reference
+    trained = [name for name, weight in policy.model.named_parameters() if weight.requires_grad]
+    before = policy.log_prob(tiny.traces()).detach()
+    for _ in range(2):
+        with torch.no_grad():
+            torch.testing.assert_close(log_prob(tiny.traces()), expected, rtol=1e-6, atol=1e-6)
+        assert [name for name, weight in policy.model.named_parameters() if weight.requires_grad] == trained
+        train_a_little(policy)
+    assert not any("reference" in name for name in trained)
+    assert (policy.log_prob(tiny.traces()) - before).abs().max() > 0.1
+    torch.testing.assert_close(log_prob(tiny.traces()).detach(), expected, rtol=1e-6, atol=1e-6)
+
+
+def test_asking_the_reference_leaves_the_policy_as_it_is(reference: tuple[CausalLM, LogProb, Tensor]) -> None:
+    policy, log_prob, _ = reference
+    train_a_little(policy)
+    before = policy.log_prob(tiny.traces()).detach()
+    log_prob(tiny.traces())
+    torch.testing.assert_close(policy.log_prob(tiny.traces()).detach(), before)
+    if isinstance(policy.model, PeftModel):
+        assert policy.model.active_adapter == "default"
+
+
+def test_a_frozen_copy_needs_no_gradient_and_shares_nothing() -> None:
+    policy = tiny.policy()
+    log_prob = frozen_copy(policy)
+    before = log_prob(tiny.traces())
+    assert not before.requires_grad
+    with torch.no_grad():
+        for weight in policy.model.parameters():
+            weight.zero_()
+    torch.testing.assert_close(log_prob(tiny.traces()), before)
