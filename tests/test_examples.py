@@ -11,10 +11,9 @@ from pathlib import Path
 
 import pytest
 import tiny
-import torch
 from conftest import DATA
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForSequenceClassification
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForSequenceClassification, PreTrainedModel
 
 import rebel
 from rebel.cli import main
@@ -70,7 +69,7 @@ def write_rows(path: Path, rows: list[dict]) -> Path:
     return path
 
 
-def save(folder: Path, model: torch.nn.Module) -> Path:
+def save(folder: Path, model: PreTrainedModel) -> Path:
     """A model with the tokenizer of whole words and its chat template."""
     model.save_pretrained(folder)
     tiny.tokenizer(chat=True).save_pretrained(folder)
@@ -106,12 +105,13 @@ def test_sentiment_prefers_the_cheerful_story(chat: bool, monkeypatch: pytest.Mo
     texts = [[{"role": "assistant", "content": text}] for text in stories] if chat else stories
     rollout = Rollout(Prompt("Once"), tuple(Completion(text, None) for text in texts))
     (scored,) = load_reward("examples/sentiment.py:sentiment")([rollout])
+    assert scored.rewards is not None
     cheerful, sad = scored.rewards.tolist()
     assert cheerful > 0.5 and sad < -0.5
 
 
 def test_the_chat_example_runs_with_a_small_chat_model_and_a_small_reward_model(tmp_path: Path, train: Train) -> None:
-    config = LlamaConfig(**tiny.GROUPED, num_labels=1)
+    config = LlamaConfig(**{**tiny.GROUPED, "num_labels": 1})
     reward_model = save(tmp_path / "judge", LlamaForSequenceClassification(config))
     rows = [{"prompt": [{"role": "user", "content": f"w{k} w{k + 1}"}]} for k in range(12)]
     metrics = train(

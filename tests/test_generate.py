@@ -51,13 +51,13 @@ def surprise(counts: list[int], chances: torch.Tensor) -> float:
 def test_first_tokens_come_from_the_softmax_at_the_temperature(temperature: float) -> None:
     policy = tiny.policy("llama", initializer_range=0.2)
     policy.model.requires_grad_(False)
-    (prompt,) = tiny.prompts(4)
-    drawn = Counter(ids(completions(policy, (4,), 6000, seed=3, tokens=1, temperature=temperature)))
-    logits = policy.model(torch.tensor([policy.encode(prompt)])).logits[0, -1].double()
-    counts = [drawn[(token,)] for token in range(tiny.VOCABULARY)]
+    prompt = (7, 8, 9, 10)
+    drawn = Counter(token for (token,) in drawn_from(Generate(policy, 1, temperature), [prompt], 6000)[0])
+    logits = policy.model(torch.tensor([prompt])).logits[0, -1].double()
+    counts = [drawn[token] for token in range(tiny.VOCABULARY)]
     assert sum(counts) == 6000
     assert abs(surprise(counts, (logits / temperature).softmax(-1))) < 4
-    assert surprise(counts, (logits / (temperature * 1.15)).softmax(-1)) > 4, "the test sees a wrong temperature"
+    assert surprise(counts, (logits / (temperature * 1.3)).softmax(-1)) > 4, "the test sees a wrong temperature"
 
 
 @pytest.mark.parametrize("temperature", [0.8, 1.5])
@@ -99,10 +99,12 @@ def test_the_sampled_log_prob_is_minus_the_entropy_at_its_own_temperature_only()
 # -- greedy, padding, seeds -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("how", ["plain", "checkpointing", "lora"])
+@pytest.mark.parametrize(
+    ("kind", "how"),
+    [*((kind, "plain") for kind in KINDS), ("llama", "checkpointing"), ("gpt2", "checkpointing"), ("mistral", "lora")],
+)
 def test_greedy_is_that_of_transformers_for_padded_prompts_of_any_length(kind: str, how: str) -> None:
-    lengths = (3, 11, 1, 6)
+    lengths = (3, 11, 1)
     policy = tiny.policy(kind)
     if how == "lora":
         policy = with_lora(policy)

@@ -15,7 +15,7 @@ class RebelConfig:
     model_name_or_path: str | None = None
     """Hugging Face name or folder of the causal language model to tune."""
     dtype: str = "auto"
-    """Type of the weights: auto (as saved), float32, bfloat16 or float16. Log-probabilities are fp32 whatever it is."""
+    """Type of the weights: float32, bfloat16, float16, or auto: fp32 if trained whole, as saved below an adapter."""
     attn_implementation: str | None = None
     """Attention of transformers: sdpa, eager, flash_attention_2, ..."""
     trust_remote_code: bool = False
@@ -66,8 +66,8 @@ class RebelConfig:
     # -- the method ----------------------------------------------------------------------------------------
     eta: float | Literal["auto"] = "auto"
     """Step size in nats per unit of reward (large = long step), or auto: chosen from kl_per_iteration."""
-    kl_per_iteration: float = 1.0
-    """For eta auto: KL(new policy || old policy) of one iteration, in nats per completion."""
+    kl_per_iteration: float = 0.5
+    """For eta auto: KL(new policy || old policy) of one iteration, in nats per completion; with beta, the most of it."""
     beta: float = 0.0
     """Price of the KL to the initial policy, in reward per nat of a whole completion (TRL's is per token)."""
     kl: Literal["proximal", "shaped"] = "proximal"
@@ -128,9 +128,9 @@ class RebelConfig:
     """Second moment's decay."""
     adam_epsilon: float = 1e-8
     """Adam's epsilon."""
-    max_grad_norm: float = 1.0
-    """Longest gradient; 0 for no clipping."""
-    average: float = 0.0
+    max_grad_norm: float = 0.0
+    """Longest gradient; 0 for no clipping. Norms here are of sums over completions: hundreds are no cause for alarm."""
+    average: float = 0.25
     """Memory of the average of the iterates that is evaluated and saved, as a share of all steps so far; 0: the last iterate."""
     bf16: bool = False
     """Mixed precision on bfloat16."""

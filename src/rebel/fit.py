@@ -129,9 +129,9 @@ def take_steps(
 ) -> tuple[list[Fit], float]:
     """One optimiser step a minibatch, until the policy is far enough or no longer fits what is held out.
 
-    Returns what the steps saw, and by how much the way was scaled at the end to meet the goal of the step rule.
+    Returns what the steps saw, and the scale of the way that meets the goal of the step rule.
     """
-    way = Way(learner, problem.goal)
+    way = Way(learner, problem.goal, how.step_rule.stretch)
     fits: list[Fit] = []
     fitted: list[float] = []
     for now in regress(

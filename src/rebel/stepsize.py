@@ -28,7 +28,12 @@ class StepRule(Protocol):
         ...
 
     def corrected(self, correction: float, scale: float) -> float:
-        """The next correction, after an iteration whose movement had to be scaled by `scale`."""
+        """The next correction, after an iteration whose movement had to be scaled by `scale` to meet the goal."""
+        ...
+
+    @property
+    def stretch(self) -> float:
+        """How many times as far an iteration may be made to go to meet its goal."""
         ...
 
 
@@ -49,6 +54,10 @@ class GivenEta:
     def corrected(self, correction: float, scale: float) -> float:
         return correction
 
+    @property
+    def stretch(self) -> float:
+        return 1.0
+
 
 @dataclass(frozen=True, slots=True)
 class AutoEta:
@@ -58,6 +67,9 @@ class AutoEta:
     things make up for it. The movement of the weights is scaled to the goal at the end of the iteration: in a linear
     model of the log-probabilities that is what another eta' would have given. And the correction follows, so that
     the next iteration needs less of it. eta' is never longer than 1 / beta, where the iteration is at its fixed point.
+
+    With beta > 0 the iterates converge, and the goal is the most that one moves: to keep up a constant KL near the
+    fixed point would mean to walk on noise.
     """
 
     kl: float
@@ -79,4 +91,8 @@ class AutoEta:
 
     def corrected(self, correction: float, scale: float) -> float:
         """Never below 1: an exact regression moves by the goal, and one that is not exact by less."""
-        return min(max(1.0, correction * scale), 1e4)
+        return min(max(1.0, correction * min(4.0, max(0.25, scale))), 1e4)
+
+    @property
+    def stretch(self) -> float:
+        return 1.0 if self.beta else 4.0

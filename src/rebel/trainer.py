@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -21,6 +22,7 @@ from rebel.errors import RebelError
 from rebel.from_trl import translate_batch
 from rebel.job import carry_out, push
 from rebel.record import checkpoint_to_resume, claim_folder
+from rebel.settings import resolve
 from rebel.train import run_evaluation
 from rebel.types import Prompt
 from rebel.validate import validate
@@ -106,17 +108,11 @@ class RebelTrainer:
 def settings(args: RebelConfig, model: str | PreTrainedModel, peft_config: PeftConfig | None) -> RebelConfig:
     """The settings with what the objects say, checked, and TRL's batch arguments translated."""
     name = model if isinstance(model, str) else getattr(model.config, "_name_or_path", "") or None
-    args = replace(args, model_name_or_path=name, use_peft=args.use_peft or peft_config is not None)
-    args, lines = translate_batch(args, world_size=world_size())
+    args = resolve(vars(replace(args, model_name_or_path=name, use_peft=args.use_peft or peft_config is not None)))
+    args, lines = translate_batch(args, world_size=int(os.environ.get("WORLD_SIZE", "1")))
     for line in lines:
         print(line)
     return validate(args, inputs=False)
-
-
-def world_size() -> int:
-    import os
-
-    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def loaded_model(model: str | PreTrainedModel, args: RebelConfig, peft_config: PeftConfig | None) -> nn.Module:

@@ -9,8 +9,8 @@ from rebel.algorithm import Fit
 from rebel.learner import Learner
 from rebel.stepsize import SLACK
 
-SHORTEST, LONGEST = 0.25, 4.0
-"""How far the movement of the weights may be scaled at the end of an iteration."""
+SHORTEST = 0.25
+"""How far the movement of the weights may be shortened at the end of an iteration."""
 
 
 class Way:
@@ -22,8 +22,8 @@ class Way:
     passes have to do.) Without a goal it does nothing.
     """
 
-    def __init__(self, learner: Learner, goal: float | None) -> None:
-        self.learner, self.goal = learner, goal
+    def __init__(self, learner: Learner, goal: float | None, stretch: float = 1.0) -> None:
+        self.learner, self.goal, self.stretch = learner, goal, stretch
         self.start = learner.depart() if goal else None
         self.last = 0.0
         self.factors: list[float] = []
@@ -45,9 +45,9 @@ class Way:
         return self.last * measures.mean(self.factors or self.worn)
 
     def end(self) -> float:
-        """Scale the way to the goal as far as may be; returns the scale."""
+        """Scale the way to the goal as far as may be; returns the scale that would have met it."""
         if self.start is None or not self.kl > 0:
             return 1.0
-        scale = min(LONGEST, max(SHORTEST, math.sqrt(self.goal / self.kl)))
-        self.learner.scale_way(self.start, scale)
+        scale = math.sqrt(self.goal / self.kl)
+        self.learner.scale_way(self.start, min(self.stretch, max(SHORTEST, scale)))
         return scale
