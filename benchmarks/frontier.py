@@ -29,8 +29,9 @@ def name(run: Row) -> str:
     parts = [run["method"].upper()]
     if run["method"] == "rebel":
         parts.append("eta 1e6 (off)" if s["eta"] == 1e6 else f"eta {s['eta']}")
-        parts += [f"kl {s['kl_per_iteration']:g}"] if s["eta"] == "auto" else []
-        parts += [f"average {s['average']:g}"] if s["average"] else ["last iterate"]
+        parts += [f"KL held at {s['kl_per_iteration']:g}"] if s["kl_per_iteration"] else []
+        averaged = s["average"] if s["average"] is not None else 0.25 * (s["beta"] > 0)
+        parts += [f"average {averaged:g}"] if averaged else []
         parts += ["clipped at 1"] if s["max_grad_norm"] == 1 else []
         batch = (s["steps"], s["passes"])
     else:

@@ -8,6 +8,7 @@ A row with eta = 1e6 has the regression switched off: what is left is RLOO's gra
 
 from __future__ import annotations
 
+import argparse
 import time
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -24,7 +25,7 @@ from rebel.checkpoint import Progress
 from rebel.train import iterate
 from rebel.types import Prompt
 
-MILESTONES = (256, 320, 640, 1280, 2560, 5120)
+MILESTONES = (192, 256, 320, 448, 512, 640, 1280, 2560, 5120)
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,8 +41,8 @@ class Settings:
     passes: int = 1
     beta: float = 0.0
     eta: float | str = "auto"
-    kl_per_iteration: float = RebelConfig.kl_per_iteration
-    average: float = RebelConfig.average
+    kl_per_iteration: float | None = RebelConfig.kl_per_iteration
+    average: float | None = RebelConfig.average
     max_grad_norm: float = RebelConfig.max_grad_norm
     samples: int = 1280
 
@@ -140,7 +141,7 @@ def show(row: dict[str, Any]) -> None:
     """One line for the log."""
     s = row["settings"]
     points = "  ".join(f"{p['samples']}: {p['reward']:.3f} at {p['kl']:.2f}" for p in row["curve"])
-    names = f"rebel {row['task']} eta {s['eta']} lr {s['learning_rate']:g} average {s['average']:g}"
+    names = f"rebel {row['task']} eta {s['eta']} lr {s['learning_rate']:g} average {s['average']}"
     batch = f"{s['prompts']}x{s['group']}/{s['steps']}x{s['passes']} beta {s['beta']:g}"
     print(f"{names} {batch} seed {row['seed']}  {points}  {row['cpu_seconds']} CPU seconds", flush=True)
 
@@ -169,7 +170,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("what", choices=["run", "grid"])
     parser.add_argument("--seed", type=int, default=1)
     for name, default in asdict(Settings()).items():
-        kind = type(default) if name != "eta" else lambda text: text if text == "auto" else float(text)
+        kind = float if default is None else type(default)
+        kind = kind if name != "eta" else lambda text: text if text == "auto" else float(text)
         parser.add_argument(f"--{name}", type=kind, default=default)
     return parser.parse_args()
 

@@ -268,6 +268,24 @@ def test_the_average_remembers_the_stated_share_of_the_steps() -> None:
     torch.testing.assert_close(one.averaged, by_hand)
 
 
+def test_a_scaled_way_is_as_if_every_weight_had_gone_that_far() -> None:
+    """The average follows: it is what the scaled weights would have given, step by step."""
+    one = a_learner(rate=0.01, average=0.5)
+    _, weigh = problem(ragged(), all_pairs, one)
+    for _ in range(3):
+        one.update(traces_of(ragged()), weigh)
+    start, averaged = copied(one), [mean.clone() for mean in one.averaged]
+    departure = one.depart()
+    for step in (4, 5):
+        one.update(traces_of(ragged()), weigh)
+        scaled = [s + 1.7 * (w - s) for s, w in zip(start, copied(one), strict=True)]
+        averaged = [m + 2 / step * (w - m) for m, w in zip(averaged, scaled, strict=True)]
+    assert one.distance(departure) == pytest.approx(float((flat(copied(one)) - flat(start)).square().sum()), rel=1e-5)
+    one.scale_way(departure, 1.7)
+    torch.testing.assert_close(copied(one), scaled)
+    torch.testing.assert_close(one.averaged, averaged)
+
+
 def test_without_averaging_the_average_is_the_last_iterate() -> None:
     one = a_learner(rate=0.01)
     _, weigh = problem(ragged(), all_pairs, one)

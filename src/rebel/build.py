@@ -59,6 +59,8 @@ PAIRINGS: dict[str, Pairing] = {"all": all_pairs, "extremes": best_against_worst
 
 def build_accelerator(config: RebelConfig) -> Accelerator:
     """Devices, processes and precision of this run. Sharded weights are refused: sampling needs them whole."""
+    if config.fp16 and not torch.cuda.is_available():
+        raise RebelError("--fp16 needs a CUDA device, and there is none; use --bf16, or neither")
     precision = "bf16" if config.bf16 else "fp16" if config.fp16 else "no"
     whole = GradientAccumulationPlugin(num_steps=1)  # else a launcher's setting would scale the gradient
     accelerator = Accelerator(cpu=config.use_cpu, mixed_precision=precision, gradient_accumulation_plugin=whole)
@@ -184,9 +186,16 @@ def check_template(prompts: Sequence[Prompt], policy: CausalLM) -> None:
         )
 
 
+def memory_of_average(config: RebelConfig) -> float:
+    """Averaging pays where iterates come to rest, and lags behind where they keep moving."""
+    if config.average is None:
+        return 0.25 if config.beta else 0.0
+    return config.average
+
+
 def build_step_rule(config: RebelConfig) -> StepRule:
     if config.eta == "auto":
-        return AutoEta(config.kl_per_iteration, config.beta)
+        return AutoEta(config.beta, config.kl_per_iteration)
     return GivenEta(float(config.eta), config.beta, config.kl)
 
 
@@ -214,7 +223,7 @@ def build_learner(
         lambda optimizer: schedule(optimizer=optimizer),
         budget=config.tokens_per_micro_batch,
         max_grad_norm=config.max_grad_norm,
-        average=config.average,
+        average=memory_of_average(config),
     )
 
 
@@ -311,12 +320,13 @@ def build_job(
     main = accelerator.is_main_process
     trackers = Trackers(callbacks, arguments, policy.model, tokenizer, mover.optimizer, mover.scheduler, main)
     terminal = Terminal(iterations, disable=config.disable_tqdm, silent=not main)
-    judge = reward(Notes(trainer_state=trackers.state))
+    notes = Notes(trainer_state=trackers.state)
+    judge = reward(notes)
     judge.check(training)
     save = partial(save_model, config, mover)
-    recorder = Recorder(config, Path(config.output_dir), terminal, trackers, mover, save, len(training))
+    recorder = Recorder(config, Path(config.output_dir), terminal, trackers, mover, save, len(training), notes.take_metrics)
     run = build_run(config, mover, reference, judge, (training, held_out), recorder)
-    memory = estimate(policy.model, config, reference_is_copy(reference, policy, config))
+    memory = estimate(policy.model, config, reference_is_copy(reference, policy, config), mover.average > 0)
     plan = describe(config, len(training), len(held_out), dropped, iterations, accelerator.num_processes, memory)
     return Job(config, run, recorder, judge, iterations, plan)
 
@@ -339,4 +349,5 @@ def save_model(config: RebelConfig, learner: Learner, folder: Path) -> None:
 def build_reward(config: RebelConfig, notes: Notes, rewards: Sequence[Any] | None = None) -> Weighted:
     """The weighted sum of the rewards of the settings, or of these objects."""
     given = config.reward_funcs if rewards is None else rewards
-    return Weighted([as_reward(reward, notes) for reward in given], config.reward_weights)
+    models = {"trust_remote_code": config.trust_remote_code, **({"device": "cpu"} if config.use_cpu else {})}
+    return Weighted([as_reward(reward, notes, **models) for reward in given], config.reward_weights)

@@ -28,7 +28,6 @@ class Progress:
     step: int = 0
     samples: int = 0
     prompts_taken: int = 0
-    correction: float = 1.0
     best: float | None = None
     settings: str = ""
 

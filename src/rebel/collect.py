@@ -10,7 +10,7 @@ from typing import Any
 from accelerate.utils import gather_object
 
 from rebel.data import PromptStream, seed_of
-from rebel.errors import RunStopped
+from rebel.errors import RebelError, RunStopped
 from rebel.rewards.groups import Scale, drop_unfinished, flat, penalise_unfinished, scaled, usable
 from rebel.types import Prompt, Reward, Rollout, Sampler, Scored
 
@@ -111,12 +111,12 @@ def draw(
 
 
 def together(world: int, score: Callable[[], list[Scored]]) -> list[Scored]:
-    """What `score` returns. Where it stops the run on one process it does so on all: none may wait for another."""
+    """What `score` returns. Where it fails on one process it does so on all: none may wait for another."""
     scored: list[Scored] = []
-    failure = None
+    failure: Exception | None = None
     try:
         scored = score()
-    except RunStopped as stopped:
+    except (RunStopped, RebelError) as stopped:
         failure = stopped
     if world > 1:
         reasons = [reason for reason in gather_object([failure and str(failure)]) if reason]

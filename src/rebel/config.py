@@ -65,9 +65,9 @@ class RebelConfig:
 
     # -- the method ----------------------------------------------------------------------------------------
     eta: float | Literal["auto"] = "auto"
-    """Step size in nats per unit of reward (large = long step), or auto: chosen from kl_per_iteration."""
-    kl_per_iteration: float = 0.5
-    """For eta auto: KL(new policy || old policy) of one iteration, in nats per completion; with beta, the most of it."""
+    """Step size in nats per unit of reward (large = long step), or auto: from the spread of the rewards."""
+    kl_per_iteration: float | None = None
+    """With eta auto: keep KL(new policy || old policy) at so many nats per completion and iteration (with beta: at most)."""
     beta: float = 0.0
     """Price of the KL to the initial policy, in reward per nat of a whole completion (TRL's is per token)."""
     kl: Literal["proximal", "shaped"] = "proximal"
@@ -130,8 +130,9 @@ class RebelConfig:
     """Adam's epsilon."""
     max_grad_norm: float = 0.0
     """Longest gradient; 0 for no clipping. Norms here are of sums over completions: hundreds are no cause for alarm."""
-    average: float = 0.25
-    """Memory of the average of the iterates that is evaluated and saved, as a share of all steps so far; 0: the last iterate."""
+    average: float | None = None
+    """Memory of the averaged iterate that is evaluated and saved, as a share of all steps so far; 0: the last iterate.
+    Unset: 0.25 with beta > 0, where the iterates come to rest around a point, and 0 where they keep moving."""
     bf16: bool = False
     """Mixed precision on bfloat16."""
     fp16: bool = False

@@ -51,14 +51,13 @@ def fit(
     groups: Sequence[Scored],
     how: Regression,
     seed: int,
-    correction: float,
     phase: Phase,
 ) -> measures.Measures:
     """Regress one iteration's groups onto their rewards; returns what was measured on the way."""
     began = time.perf_counter()
     held, minibatches = split(len(groups), how, seed)
     with phase("scoring", 1) as done:
-        problem = pose(learner, reference, groups, how, minibatches, correction)
+        problem = pose(learner, reference, groups, how, minibatches)
         done(1)
     scored = time.perf_counter()
     with phase("training", len(minibatches)) as done:
@@ -97,7 +96,6 @@ def pose(
     groups: Sequence[Scored],
     how: Regression,
     minibatches: Sequence[Sequence[int]],
-    correction: float,
 ) -> Problem:
     """Anchors of all but the first minibatch (which needs none), references of all, and the step."""
     everyone = range(len(groups))
@@ -107,7 +105,7 @@ def pose(
     shaping = {i: anchor[i] - given[i] for i in anchor if i in given} if how.beta else {}
     variance = measures.margin_variance(groups, shaping, how.beta)
     rule = how.step_rule
-    return Problem(groups, anchor, given, rule.step(variance, correction), rule.goal(variance))
+    return Problem(groups, anchor, given, rule.step(variance), rule.goal(variance))
 
 
 def score(learner: Learner, log_prob: LogProb, groups: Sequence[Scored], which: Iterable[int]) -> dict[int, Tensor]:

@@ -76,11 +76,7 @@ def translate_batch(config: RebelConfig, world_size: int) -> tuple[RebelConfig, 
     }
     _check_agreement(config, ours)
     translated = replace(config, **ours, **dict.fromkeys(BATCH))
-    lines = _lines(given, world_size, completions, translated)
-    if config.eta == "auto" and translated.steps_per_iteration * translated.num_iterations == 1:
-        lines.append("  eta 1 (auto has nothing to choose: the gradient of an iteration's first step has no eta in it)")
-        return replace(translated, eta=1.0), lines
-    return translated, lines
+    return translated, _lines(given, world_size, completions, translated)
 
 
 def _check_counts(given: dict[str, int]) -> None:

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from rebel.build import Job, build_job, build_model, build_prompts, build_reward, build_tokenizer, loaded
 from rebel.checkpoint import Progress, all_checkpoints, load
 from rebel.config import RebelConfig
-from rebel.errors import RunStopped
+from rebel.errors import RebelError, RunStopped
 from rebel.evaluate import text as text_of
 from rebel.policies.causal_lm import causal_lm
 from rebel.record import (
@@ -39,12 +39,13 @@ from rebel.types import Prompt
 def carry_out(job: Job, resume: Path | None = None) -> Progress:
     """Train until the end, or until something stops it: then what resumes the run is on disk."""
     recorder, run = job.recorder, job.run
+    recorder.learner.accelerator.wait_for_everyone()  # until all have looked at the folder and found no other run
     progress = load(resume, run.learner, fingerprint(job.config)) if resume else Progress()
     recorder.begin(progress, job.iterations * run.regression.steps * run.regression.passes)
     try:
         with recorder.heeding_signals():
             train(run, progress, job.iterations)
-    except RunStopped as stopped:
+    except (RunStopped, RebelError) as stopped:
         raise explained(stopped, job, progress) from stopped
     if progress.iteration < job.iterations and recorder.signalled:
         recorder.checkpoint(progress)
@@ -55,14 +56,14 @@ def carry_out(job: Job, resume: Path | None = None) -> Progress:
     return progress
 
 
-def explained(stopped: RunStopped, job: Job, progress: Progress) -> RunStopped:
+def explained(stopped: Exception, job: Job, progress: Progress) -> RunStopped:
     """The reason with what is on disk: the checkpoint, and what a reward function failed on."""
     job.recorder.checkpoint(progress)
     note = ""
     if isinstance(stopped, RewardFailed):
         note = f" Prompt and completion are in {job.recorder.write_failure(stopped)}."
     finish(job.recorder)
-    return RunStopped(f"{stopped}.{note} {how_to_resume(job)}".replace("..", "."))
+    return RunStopped(f"{str(stopped).removesuffix('.')}.{note} {how_to_resume(job)}")
 
 
 def how_to_resume(job: Job) -> str:
@@ -108,7 +109,7 @@ def run_training(config: RebelConfig, dry_run: bool = False) -> None:
     claim_folder(config, resume is not None)
     carry_out(job, resume)
     job.recorder.terminal.say(f"model:  {job.recorder.folder}")
-    if config.push_to_hub:
+    if config.push_to_hub and job.recorder.main:
         push(job)
 
 

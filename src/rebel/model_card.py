@@ -67,5 +67,5 @@ def model_card(config: RebelConfig, learner: Learner) -> str:
         transformers=version("transformers"),
         torch=version("torch"),
         steps=learner.steps,
-        average=f", averaged over about the last {config.average:.0%} of them" if config.average else "",
+        average=f", averaged over about the last {learner.average:.0%} of them" if learner.average else "",
     )

@@ -8,6 +8,7 @@ from torch import nn
 
 from rebel.config import RebelConfig
 from rebel.policies.causal_lm import CHUNK_ELEMENTS
+from rebel.stepsize import REACH
 
 GIB = 2**30
 
@@ -29,7 +30,7 @@ class Memory:
         return sum(getattr(self, name) for name in self.__slots__)
 
 
-def estimate(model: nn.Module, config: RebelConfig, reference_is_copy: bool) -> Memory:
+def estimate(model: nn.Module, config: RebelConfig, reference_is_copy: bool, averages: bool) -> Memory:
     """Memory of the update with an AdamW-like optimiser. Sampling needs less: no gradients, one cache."""
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
@@ -43,7 +44,7 @@ def estimate(model: nn.Module, config: RebelConfig, reference_is_copy: bool) -> 
         weights=weights,
         gradients=trained,
         optimizer=2 * trained,
-        average=trained if config.average else 0,
+        average=trained if averages else 0,
         reference=weights if reference_is_copy else 0,
         activations=config.tokens_per_micro_batch * layers * kept * size,
         logits=3 * 4 * chunk,
@@ -81,7 +82,8 @@ def step_in_words(config: RebelConfig) -> str:
         else "no price on the KL to the initial policy"
     )
     if config.eta == "auto":
-        return f"eta auto: {config.kl_per_iteration:g} nats per completion and iteration; {price}"
+        held = f"{config.kl_per_iteration:g} nats per completion and iteration" if config.kl_per_iteration else "free KL"
+        return f"eta auto ({REACH:g} nats per standard deviation of the reward, {held}); {price}"
     return f"eta {config.eta:g} nats per unit of reward; {price}"
 
 

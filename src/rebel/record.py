@@ -117,6 +117,7 @@ class Recorder:
     learner: Learner
     save_model: Callable[[Path], None]
     prompts: int
+    noted: Callable[[], dict[str, float]] = dict
     signalled: str | None = None
     evaluated: int = -1
     logged: int = -1
@@ -147,7 +148,7 @@ class Recorder:
     def report(self, progress: Progress, metrics: dict[str, float], evaluation: Evaluation | None) -> None:
         """Write the row of an iteration, tell the trackers, and keep a checkpoint if it is time to."""
         where = {"iteration": progress.iteration, "step": progress.step, "samples": progress.samples}
-        self.last = {**where, **metrics, **(evaluation.metrics if evaluation else {})}
+        self.last = {**where, **metrics, **self.noted(), **(evaluation.metrics if evaluation else {})}
         if self.main:
             append_rows(self.folder / METRICS, [self.last])
         self.trackers.step(progress.step, progress.prompts_taken / self.prompts)

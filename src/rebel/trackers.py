@@ -11,6 +11,7 @@ from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback
 
 from rebel.config import RebelConfig
+from rebel.errors import RebelError
 
 SHARED = (
     "output_dir",
@@ -37,7 +38,10 @@ SHARED = (
 
 def training_arguments(config: RebelConfig) -> TrainingArguments:
     """The settings as transformers has them, for its optimisers, callbacks and trackers."""
-    return TrainingArguments(**{name: getattr(config, name) for name in SHARED}, save_strategy="no")
+    try:
+        return TrainingArguments(**{name: getattr(config, name) for name in SHARED}, save_strategy="no")
+    except (ValueError, ImportError) as error:  # precision this machine lacks, an unknown optimiser, a missing tracker
+        raise RebelError(f"transformers refuses these settings: {str(error).splitlines()[0]}") from error
 
 
 class Trackers:

@@ -75,8 +75,7 @@ def iterate(run: Run, progress: Progress) -> measures.Measures:
     metrics = measures.of_draws(drawn.groups, drawn.kept)
     check_failures(metrics, drawn, run.max_failed)
     order = seed_of(run.seed, SHUFFLE, progress.iteration)
-    metrics |= fit(run.learner, run.reference, drawn.kept, run.regression, order, progress.correction, run.hooks.phase)
-    progress.correction = run.regression.step_rule.corrected(progress.correction, metrics["scale"])
+    metrics |= fit(run.learner, run.reference, drawn.kept, run.regression, order, run.hooks.phase)
     progress.iteration += 1
     progress.step = run.learner.steps
     progress.samples += sum(len(group.rollout.completions) for group in drawn.groups)

@@ -108,7 +108,8 @@ class RebelTrainer:
 def settings(args: RebelConfig, model: str | PreTrainedModel, peft_config: PeftConfig | None) -> RebelConfig:
     """The settings with what the objects say, checked, and TRL's batch arguments translated."""
     name = model if isinstance(model, str) else getattr(model.config, "_name_or_path", "") or None
-    args = resolve(vars(replace(args, model_name_or_path=name, use_peft=args.use_peft or peft_config is not None)))
+    adapter = args.use_peft or peft_config is not None or hasattr(model, "peft_config")
+    args = resolve(vars(replace(args, model_name_or_path=name, use_peft=adapter)))
     args, lines = translate_batch(args, world_size=int(os.environ.get("WORLD_SIZE", "1")))
     for line in lines:
         print(line)

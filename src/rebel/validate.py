@@ -107,12 +107,13 @@ def _ranges(config: RebelConfig) -> Complaints:
 def _eta(config: RebelConfig) -> Complaints:
     eta, beta = config.eta, config.beta
     if eta == "auto":
-        if config.steps_per_iteration * config.num_iterations == 1:
+        if config.kl_per_iteration and config.steps_per_iteration * config.num_iterations == 1:
             yield (
-                "--eta auto has nothing to choose with one optimiser step per iteration: the gradient of the "
-                "first step does not depend on eta. Use more --steps_per_iteration or --num_iterations; with "
-                "one step give --eta any number"
+                "--kl_per_iteration cannot be kept with one optimiser step an iteration: the KL is measured on "
+                "the steps before the last. Use more --steps_per_iteration or --num_iterations"
             )
+    elif config.kl_per_iteration is not None:
+        yield f"{_said(config, 'kl_per_iteration', 'eta')}: a stated KL chooses the step itself; use --eta auto"
     elif not eta > 0:
         yield f"{_said(config, 'eta')}: use a positive number of nats per unit of reward, or auto"
     elif eta == inf and not beta > 0:
@@ -229,5 +230,5 @@ def _adapter(config: RebelConfig) -> Complaints:
         yield "--reference initial_adapter is the trained adapter of --adapter_path, which is not given"
 
 
-CHECKS = (_counts, _ranges, _eta, _sampling, _batch, _precision, _length, _evaluation, _folders, _rewards)
-INPUTS = (_given, _adapter)
+CHECKS = (_counts, _ranges, _eta, _sampling, _batch, _precision, _length, _evaluation, _folders, _rewards, _adapter)
+INPUTS = (_given,)

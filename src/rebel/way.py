@@ -7,7 +7,9 @@ import math
 from rebel import measures
 from rebel.algorithm import Fit
 from rebel.learner import Learner
-from rebel.stepsize import SLACK
+
+SLACK = 1.5
+"""The steps of an iteration end early once its KL passes this multiple of the goal."""
 
 SHORTEST = 0.25
 """How far the movement of the weights may be shortened at the end of an iteration."""

@@ -1,0 +1,85 @@
+"""How well a stated KL is kept: KL(pi_{t+1} || pi_t) of every iteration, measured on fresh completions.
+
+    python benchmarks/kl_control.py story        # the pretrained story model, sentiment
+    python benchmarks/kl_control.py arithmetic   # the quickstart's model, exact match
+
+After each iteration 256 new completions are drawn from the new policy and scored by it and by the policy before, whose
+weights were kept aside. Nothing of this reaches the training. Prints the share of the iterations after the fifth whose
+KL is within 25% of the goal.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from tempfile import TemporaryDirectory
+
+import story
+import torch
+from ours import Settings, job
+
+from rebel.build import Job
+from rebel.checkpoint import Progress
+from rebel.data import seed_of
+from rebel.train import iterate
+
+GOAL = 0.25
+FRESH_PROMPTS = 32
+
+
+def story_job(seed: int, iterations: int, folder: str) -> Job:
+    settings = Settings(prompts=16, kl_per_iteration=GOAL, samples=16 * 8 * iterations)
+    return job(settings, seed, folder)[0]
+
+
+def arithmetic_job(seed: int, iterations: int, folder: str) -> Job:
+    from rebel.tasks.arithmetic import prepared
+
+    return prepared(folder, seed, kl_per_iteration=GOAL, iterations=iterations)
+
+
+def measured_kl(ready: Job, before: list[torch.Tensor], seed: int) -> float:
+    """Mean of log pi_{t+1} - log pi_t over completions drawn from pi_{t+1}."""
+    learner, source = ready.run.learner, ready.run.source
+    prompts = source.stream.take(seed_of(seed) % 100_000, FRESH_PROMPTS)
+    traces = [trace for group in source.sampler(prompts, source.group_size, seed) for trace in group.traces]
+    now = learner.score(learner.policy.log_prob, traces)
+    kept = [weight.detach().clone() for weight in learner.weights]
+    replace_weights(learner.weights, before)
+    then = learner.score(learner.policy.log_prob, traces)
+    replace_weights(learner.weights, kept)
+    return float((now - then).mean())
+
+
+@torch.no_grad()
+def replace_weights(weights: list[torch.Tensor], others: list[torch.Tensor]) -> None:
+    for weight, other in zip(weights, others, strict=True):
+        weight.copy_(other)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("task", choices=["story", "arithmetic"])
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--iterations", type=int, default=20)
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    build = {"story": story_job, "arithmetic": arithmetic_job}[given.task]
+    found, progress = [], Progress()
+    with TemporaryDirectory() as folder:
+        ready = build(given.seed, given.iterations, folder)
+        while progress.iteration < given.iterations:
+            before = [weight.detach().clone() for weight in ready.run.learner.weights]
+            row = iterate(ready.run, progress)
+            found.append(measured_kl(ready, before, seed_of(given.seed, progress.iteration)))
+            print(f"{progress.iteration:3d}  KL {found[-1]:.3f}  scale {row['scale']:.2f}  reward {row['reward']:.3f}", flush=True)
+    late = found[5:]
+    share = sum(abs(kl / GOAL - 1) <= 0.25 for kl in late) / len(late)
+    result = {"task": given.task, "seed": given.seed, "goal": GOAL, "within_25_percent": share, "kl": found}
+    with (story.RESULTS / "kl_control.jsonl").open("a") as file:
+        file.write(json.dumps(result) + "\n")
+    print(f"{share:.0%} of {len(late)} iterations within 25% of {GOAL} nats")
+
+
+if __name__ == "__main__":
+    main()
