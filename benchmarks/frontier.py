@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from statistics import fmean, stdev
 from typing import Any
 
@@ -30,8 +31,7 @@ def name(run: Row) -> str:
     if run["method"] == "rebel":
         parts.append("eta 1e6 (off)" if s["eta"] == 1e6 else f"eta {s['eta']}")
         parts += [f"KL held at {s['kl_per_iteration']:g}"] if s["kl_per_iteration"] else []
-        averaged = s["average"] if s["average"] is not None else 0.25 * (s["beta"] > 0)
-        parts += [f"average {averaged:g}"] if averaged else []
+        parts += [f"average {s['average']:g}"] if s["average"] else []
         parts += ["clipped at 1"] if s["max_grad_norm"] == 1 else []
         batch = (s["steps"], s["passes"])
     else:
@@ -88,12 +88,12 @@ def table(task: str, prompts: int, beta: float, milestones: Sequence[int]) -> li
 
 
 def reward_at(runs: Sequence[Row], kl: float, most_samples: int) -> list[float]:
-    """Reward of each run where its curve crosses this KL, interpolated between evaluations, from the initial policy on."""
+    """Reward of each run where its curve, from the initial policy on, crosses this KL, interpolated."""
     start = {"kl": 0.0, "reward": float(story.initial_rewards(runs[0]["task"]).mean()), "samples": 0}
     found = []
     for run in runs:
         curve = [start, *(p for p in run["curve"] if p["samples"] <= most_samples)]
-        crossing = [(a, b) for a, b in zip(curve, curve[1:], strict=False) if a["kl"] <= kl <= b["kl"]]
+        crossing = [(a, b) for a, b in pairwise(curve) if a["kl"] <= kl <= b["kl"]]
         if crossing:
             a, b = crossing[0]
             share = (kl - a["kl"]) / max(b["kl"] - a["kl"], 1e-9)

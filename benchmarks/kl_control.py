@@ -72,7 +72,8 @@ def main() -> None:
             before = [weight.detach().clone() for weight in ready.run.learner.weights]
             row = iterate(ready.run, progress)
             found.append(measured_kl(ready, before, seed_of(given.seed, progress.iteration)))
-            print(f"{progress.iteration:3d}  KL {found[-1]:.3f}  scale {row['scale']:.2f}  reward {row['reward']:.3f}", flush=True)
+            line = f"{progress.iteration:3d}  KL {found[-1]:.3f}  scale {row['scale']:.2f}  reward {row['reward']:.3f}"
+            print(line, flush=True)
     late = found[5:]
     share = sum(abs(kl / GOAL - 1) <= 0.25 for kl in late) / len(late)
     result = {"task": given.task, "seed": given.seed, "goal": GOAL, "within_25_percent": share, "kl": found}

@@ -211,7 +211,7 @@ def test_a_run_on_a_real_model_killed_while_sampling_and_resumed(stories: Path, 
             **{"model_name_or_path": stories, "dataset_name": tmp_path / "prompts.jsonl", "eval_prompts": 1},
             **{"reward_funcs": f"{tmp_path / 'reward.py'}:score", "output_dir": tmp_path / run, "iterations": 2},
             **{"prompts_per_iteration": 5, "num_generations": 4, "sampling_batch": 4, "steps_per_iteration": 2},
-            **{"max_completion_length": 48, "learning_rate": 1e-3, "eta": 10, "save_steps": 2, "eval_steps": 2},
+            **{"max_completion_length": 24, "learning_rate": 1e-3, "eta": 10, "save_steps": 2, "eval_steps": 2},
         }
         words = [word for name, value in given.items() for word in (f"--{name}", str(value))]
         return ["train", *words, "--use_cpu", "--disable_tqdm", *more]
@@ -488,11 +488,11 @@ def test_completions_cut_off_leave_their_groups(tmp_path: Path) -> None:
     assert min(left) < 4 and len(kept) > 5
 
 
-def test_eta_auto_is_the_step_to_the_goal_by_the_variance_of_the_rewards(tmp_path: Path) -> None:
-    rule = AutoEta(0.5, 0.0)
+def test_eta_auto_is_in_units_of_the_rewards_spread_and_keeps_a_stated_kl(tmp_path: Path) -> None:
+    rule = AutoEta(beta=0.0, kl=0.5)
     assert rule.step(4.0) == pytest.approx(rule.step(1.0) / 2)
-    assert rule.step(4.0) == pytest.approx(AutoEta(2.0, 0.0).step(4.0) / 2)
-    assert AutoEta(0.5, 2.0).step(1e-6) == pytest.approx(1 / 2.0)
+    assert AutoEta(beta=2.0).step(1e-6) == pytest.approx(1 / 2.0)
+    assert (rule.goal(1.0), rule.goal(0.0), AutoEta(beta=0.0).goal(1.0)) == (0.5, None, None)
     moved = {}
     for goal in (0.02, 0.2):
         tiny.trained(tmp_path / str(goal), eta="auto", kl_per_iteration=goal, iterations=4)

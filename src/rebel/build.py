@@ -19,7 +19,7 @@ from peft import (
     get_peft_model,
     prepare_model_for_kbit_training,
 )
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -40,10 +40,8 @@ from rebel.learner import Learner, learner
 from rebel.model_card import model_card
 from rebel.pairing import all_pairs, best_against_worst, random_pairs
 from rebel.plan import describe, estimate
-from rebel.policies.causal_lm import CausalLM, causal_lm, frozen_copy, initial_adapter, without_adapter
-from rebel.record import (
-    Recorder,
-)
+from rebel.policies.causal_lm import CausalLM, LanguageModel, causal_lm, frozen_copy, initial_adapter, without_adapter
+from rebel.record import Recorder
 from rebel.report import Terminal
 from rebel.rewards.combine import Weighted
 from rebel.rewards.functions import Notes
@@ -72,7 +70,7 @@ def build_accelerator(config: RebelConfig) -> Accelerator:
     return accelerator
 
 
-def build_model(config: RebelConfig) -> nn.Module:
+def build_model(config: RebelConfig) -> LanguageModel:
     """The model of --model_name_or_path, with its adapter if one is asked for."""
     name = str(config.model_name_or_path)
     settings: dict[str, Any] = {"trust_remote_code": config.trust_remote_code, "dtype": weight_type(config)}
@@ -122,10 +120,10 @@ def with_adapter(model: PreTrainedModel, config: RebelConfig, lora: PeftConfig |
     return get_peft_model(model, lora)
 
 
-def build_policy(model: nn.Module, tokenizer: PreTrainedTokenizerBase, config: RebelConfig) -> CausalLM:
+def build_policy(model: LanguageModel, tokenizer: PreTrainedTokenizerBase, config: RebelConfig) -> CausalLM:
     policy = causal_lm(model, tokenizer, config.temperature, config.chat_template_kwargs)
     if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        policy.bare.causal.gradient_checkpointing_enable({"use_reentrant": False})
     return policy
 
 
@@ -189,7 +187,7 @@ def check_template(prompts: Sequence[Prompt], policy: CausalLM) -> None:
 def memory_of_average(config: RebelConfig) -> float:
     """Averaging pays where iterates come to rest, and lags behind where they keep moving."""
     if config.average is None:
-        return 0.25 if config.beta else 0.0
+        return 0.5 if config.beta else 0.0
     return config.average
 
 
@@ -237,7 +235,9 @@ def build_run(
 ) -> Run:
     """A run over the parts."""
     accelerator, policy = learner.accelerator, learner.policy
-    sampler = Generate(policy, config.max_completion_length, config.temperature, accelerator.autocast)
+    assert isinstance(policy, CausalLM), "build_policy made it"
+    precision: Any = accelerator.autocast  # whose annotation contradicts its default
+    sampler = Generate(policy, config.max_completion_length, config.temperature, precision)
     source = Source(
         sampler=sampler,
         reward=reward,
@@ -301,9 +301,9 @@ class Job:
 
 def build_job(
     config: RebelConfig,
-    model: nn.Module,
+    model: LanguageModel,
     tokenizer: PreTrainedTokenizerBase,
-    reward: Callable[[Notes], Reward],
+    reward: Callable[[Notes], Weighted],
     prompts: tuple[Sequence[Prompt], Sequence[Prompt]],
     callbacks: Sequence[Any] = (),
 ) -> Job:
@@ -324,7 +324,8 @@ def build_job(
     judge = reward(notes)
     judge.check(training)
     save = partial(save_model, config, mover)
-    recorder = Recorder(config, Path(config.output_dir), terminal, trackers, mover, save, len(training), notes.take_metrics)
+    folder = Path(config.output_dir)
+    recorder = Recorder(config, folder, terminal, trackers, mover, save, len(training), notes.take_metrics)
     run = build_run(config, mover, reference, judge, (training, held_out), recorder)
     memory = estimate(policy.model, config, reference_is_copy(reference, policy, config), mover.average > 0)
     plan = describe(config, len(training), len(held_out), dropped, iterations, accelerator.num_processes, memory)
@@ -338,10 +339,11 @@ def reference_is_copy(reference: LogProb | None, policy: CausalLM, config: Rebel
 def save_model(config: RebelConfig, learner: Learner, folder: Path) -> None:
     """Write the policy (its average, if one is kept) as Hugging Face loads it, with tokenizer and model card."""
     policy = learner.policy
+    assert isinstance(policy, CausalLM), "build_policy made it"
     folder.mkdir(parents=True, exist_ok=True)
     with learner.use_average():
-        names = {"selected_adapters": ["default"]} if isinstance(policy.model, PeftModel) else {}
-        policy.model.save_pretrained(folder, **names)
+        names: dict[str, Any] = {"selected_adapters": ["default"]} if isinstance(policy.model, PeftModel) else {}
+        policy.model.save_pretrained(str(folder), **names)
     policy.tokenizer.save_pretrained(folder)
     (folder / "README.md").write_text(model_card(config, learner))
 

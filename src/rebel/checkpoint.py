@@ -118,7 +118,8 @@ def restore(weights: list[torch.Tensor], saved: dict[str, torch.Tensor]) -> None
 
 def rng_state() -> dict[str, Any]:
     """State of the generators that a reward function may use; sampling has seeds of its own."""
-    kind, words, *rest = numpy.random.get_state()
+    state: Any = numpy.random.get_state()
+    kind, words, *rest = state
     numpy_state = [kind, torch.from_numpy(words.astype("int64")), *rest]
     return {"python": random.getstate(), "numpy": numpy_state, "torch": torch.get_rng_state()}
 

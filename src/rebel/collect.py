@@ -62,6 +62,7 @@ def collect(
     """Groups of the next `prompts` of the stream; up to `replace_flat` times as many again in place of flat ones."""
     most = prompts + int(replace_flat * prompts)
     groups: list[Scored] = []
+    kept: list[Scored] = []
     sampling = scoring = 0.0
     wanted = prompts
     while wanted:

@@ -33,7 +33,7 @@ class RebelConfig:
     load_in_4bit: bool = False
     """QLoRA: 4-bit weights below the adapter (needs bitsandbytes)."""
     reference: Literal["auto", "base", "initial_adapter", "model"] = "auto"
-    """The initial policy: base (adapter off), initial_adapter (a frozen copy of a trained adapter) or model (a frozen copy)."""
+    """The initial policy: base (adapter off), initial_adapter (frozen copy of it) or model (frozen copy of all)."""
     track_kl: bool | None = None
     """Measure the KL to the initial policy also with beta 0. Unset: only where the reference costs no second model."""
 
@@ -55,7 +55,7 @@ class RebelConfig:
 
     # -- rewards -------------------------------------------------------------------------------------------
     reward_funcs: list[str] = field(default_factory=list)
-    """Each one: file.py:function, package.module:function, a name of trl.rewards, or a reward model's name or folder."""
+    """Each: file.py:function, package.module:function, a name of trl.rewards, or a reward model's name or folder."""
     reward_weights: list[float] | None = None
     """One weight for each reward function; 1 each if unset."""
     scale_rewards: Literal["none", "group", "batch"] = "none"
@@ -67,11 +67,11 @@ class RebelConfig:
     eta: float | Literal["auto"] = "auto"
     """Step size in nats per unit of reward (large = long step), or auto: from the spread of the rewards."""
     kl_per_iteration: float | None = None
-    """With eta auto: keep KL(new policy || old policy) at so many nats per completion and iteration (with beta: at most)."""
+    """With eta auto: keep KL(new policy || old) at so many nats per completion and iteration (with beta: at most)."""
     beta: float = 0.0
     """Price of the KL to the initial policy, in reward per nat of a whole completion (TRL's is per token)."""
     kl: Literal["proximal", "shaped"] = "proximal"
-    """proximal: the step is 1/(1/eta + beta), stable for every eta. shaped: eta, as in the authors' code (needs eta*beta < 2)."""
+    """proximal: step 1/(1/eta + beta), stable for every eta. shaped: eta, as in the authors' code (eta*beta < 2)."""
     pairing: Literal["all", "extremes", "random"] = "all"
     """Pairs to regress: all of them, best against worst, or random disjoint ones."""
     num_generations: int = 8
@@ -132,7 +132,7 @@ class RebelConfig:
     """Longest gradient; 0 for no clipping. Norms here are of sums over completions: hundreds are no cause for alarm."""
     average: float | None = None
     """Memory of the averaged iterate that is evaluated and saved, as a share of all steps so far; 0: the last iterate.
-    Unset: 0.25 with beta > 0, where the iterates come to rest around a point, and 0 where they keep moving."""
+    Unset: 0.5 with beta > 0, where the iterates come to rest around a point, and 0 where they keep moving."""
     bf16: bool = False
     """Mixed precision on bfloat16."""
     fp16: bool = False
@@ -140,7 +140,7 @@ class RebelConfig:
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, a third more time."""
     early_stop: bool = False
-    """Keep a share of each iteration's groups out of training and stop its steps when the R^2 on them no longer rises."""
+    """Keep a share of each iteration's groups out of training; end its steps when the R^2 on them no longer rises."""
     held_out: float = 0.125
     """That share, with early_stop."""
 
@@ -160,7 +160,7 @@ class RebelConfig:
     logging_steps: int = 1
     """Optimiser steps between reports; an iteration is reported once, at its end."""
     eval_strategy: Literal["no", "steps"] = "steps"
-    """Whether to evaluate during the run, at the ends of iterations. The first and last evaluation are made in any case."""
+    """Whether to evaluate during the run, at ends of iterations. The first and last evaluation are made in any case."""
     eval_steps: int = 80
     """Optimiser steps between evaluations, rounded up to whole iterations."""
     eval_generations: int = 1

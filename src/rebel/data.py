@@ -53,7 +53,7 @@ def load_file(path: Path) -> Dataset:
 
 def choose_split(found: DatasetDict, split: str, name: str) -> Dataset:
     if split not in found:
-        raise RebelError(f"--dataset_name {name} has no split {split!r}; it has {', '.join(found)}")
+        raise RebelError(f"--dataset_name {name} has no split {split!r}; it has {', '.join(map(str, found))}")
     return found[split]
 
 
@@ -64,7 +64,8 @@ def prompts_of(rows: Dataset | Sequence[dict[str, Any]], column: str, name: str 
     columns = rows.column_names if isinstance(rows, Dataset) else list(rows[0])
     if column not in columns:
         raise RebelError(f"{name} has no column {column!r}; it has {', '.join(columns)}: set --prompt_column")
-    return [prompt_of(row, column, f"{name}, row {number}") for number, row in enumerate(rows)]
+    every: Any = rows  # datasets says of its rows no more than that they may be mappings
+    return [prompt_of(row, column, f"{name}, row {number}") for number, row in enumerate(every)]
 
 
 def prompt_of(row: dict[str, Any], column: str, where: str) -> Prompt:

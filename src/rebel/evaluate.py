@@ -39,7 +39,7 @@ def evaluate(scored: Sequence[Scored], policy: LogProbs, reference: LogProbs | N
 
 def reward_metrics(scored: Sequence[Scored]) -> dict[str, float]:
     """Means over prompts, so that prompts and not completions count, with the standard error of that mean."""
-    rewards = torch.stack([group.rewards.double().nanmean() for group in scored])
+    rewards = torch.stack([rewards_of(group).double().nanmean() for group in scored])
     rewards = rewards[~rewards.isnan()]
     names = scored[0].components if len(scored) else {}
     components = {name: torch.cat([group.components[name].double() for group in scored]).nanmean() for name in names}
@@ -50,9 +50,14 @@ def reward_metrics(scored: Sequence[Scored]) -> dict[str, float]:
     }
 
 
+def rewards_of(group: Scored) -> Float[Tensor, " G"]:
+    assert group.rewards is not None, "evaluation is by rewards"
+    return group.rewards
+
+
 def sample_row(group: Scored) -> dict:
     """The first completion of a prompt, as text."""
-    reward = float(group.rewards[0])
+    reward = float(rewards_of(group)[0])
     return {
         "prompt": text(group.rollout.prompt.content),
         "completion": text(group.rollout.completions[0].content),

@@ -77,7 +77,10 @@ class Departure:
 
 @dataclass
 class Learner:
-    """A policy with its optimiser. `average` is the memory of the averaged iterate as a share of all steps; 0 for none."""
+    """A policy with its optimiser.
+
+    `average` is the memory of the averaged iterate as a share of all steps; 0 for none.
+    """
 
     accelerator: Accelerator
     policy: Policy
@@ -144,7 +147,7 @@ class Learner:
     def back_propagate(
         self, piece: Piece | None, traces: Sequence[Any], weigh: Weigh, given: dict[int, float], logp: Tensor
     ) -> None:
-        """The backward pass of one micro-batch; notes its log-probabilities in `logp`. None: a filler of weight zero."""
+        """The backward pass of one micro-batch; notes its log-probabilities in `logp`. None: a filler, weight zero."""
         places = piece.traces if piece else (0,)
 
         def weights(own: Float[Tensor, "n S"]) -> Float[Tensor, "n S"]:
@@ -232,7 +235,8 @@ class Learner:
         """The sum over processes."""
         if self.accelerator.num_processes == 1:
             return numbers
-        return self.accelerator.reduce(numbers.to(self.accelerator.device), reduction="sum").cpu()
+        summed: Any = self.accelerator.reduce(numbers.to(self.accelerator.device), reduction="sum")
+        return summed.cpu()
 
     @property
     def learning_rate(self) -> float:

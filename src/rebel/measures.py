@@ -89,7 +89,8 @@ def r_squared(fits: Sequence[Fit], step: float) -> float:
     """1 - residual / total sum of squares, pooled over the groups of several minibatches."""
     if not fits:
         return math.nan
-    residual, total = sum(len(fit.groups) * explained(fit.logp, fit.batch, step) for fit in fits).tolist()
+    sums = torch.stack([len(fit.groups) * explained(fit.logp, fit.batch, step) for fit in fits])
+    residual, total = sums.sum(dim=0).tolist()
     return 1 - residual / total if total else math.nan
 
 

@@ -24,7 +24,7 @@ def best_against_worst(margins: Float[Tensor, "G G"]) -> Int[Tensor, "M 2"]:
 
 
 def random_pairs(margins: Float[Tensor, "G G"]) -> Int[Tensor, "M 2"]:
-    """Disjoint pairs (1, 2), (3, 4), ... in the order of drawing, which is random: with G = 2 the paper's online pairs."""
+    """Disjoint pairs (1, 2), (3, 4), ... in the order of drawing, which is random; with G = 2 the paper's pairs."""
     left = torch.arange(0, len(margins) - 1, 2, device=margins.device)
     pairs = torch.stack([left, left + 1], dim=1)
     return pairs[~margins[pairs[:, 0], pairs[:, 1]].isnan()]

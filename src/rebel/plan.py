@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import nn
-
 from rebel.config import RebelConfig
-from rebel.policies.causal_lm import CHUNK_ELEMENTS
+from rebel.policies.causal_lm import CHUNK_ELEMENTS, LanguageModel
 from rebel.stepsize import REACH
 
 GIB = 2**30
@@ -30,7 +28,7 @@ class Memory:
         return sum(getattr(self, name) for name in self.__slots__)
 
 
-def estimate(model: nn.Module, config: RebelConfig, reference_is_copy: bool, averages: bool) -> Memory:
+def estimate(model: LanguageModel, config: RebelConfig, reference_is_copy: bool, averages: bool) -> Memory:
     """Memory of the update with an AdamW-like optimiser. Sampling needs less: no gradients, one cache."""
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
@@ -64,12 +62,14 @@ def describe(
         f"prompts      {prompts:,} to train on, {evaluated:,} to evaluate on{lost}",
         f"iteration    {config.prompts_per_iteration} prompts x {group} completions = {drawn:,} samples of at most "
         f"{config.max_completion_length} tokens",
-        f"regression   {steps} optimiser steps{passes}, about {per_step:g} prompts ({per_step * group:g} completions) each, "
-        f"{config.pairing} pairs",
+        f"regression   {steps} optimiser steps{passes}, about {per_step:g} prompts ({per_step * group:g} completions) "
+        f"each, {config.pairing} pairs",
         f"step         {step_in_words(config)}",
-        f"run          {iterations:,} iterations = {iterations * steps:,} optimiser steps, {iterations * drawn:,} samples, "
+        f"run          {iterations:,} iterations = {iterations * steps:,} optimiser steps, "
+        f"{iterations * drawn:,} samples, "
         f"{iterations * config.prompts_per_iteration / max(prompts, 1):.2f} passes over the prompts",
-        f"processes    {world}, micro-batches of at most {config.tokens_per_micro_batch:,} tokens (no effect on the result)",
+        f"processes    {world}, micro-batches of at most {config.tokens_per_micro_batch:,} tokens "
+        "(no effect on the result)",
         f"memory       about {memory.total / GIB:.2f} GiB a process: " + breakdown(memory),
     ]
 
@@ -82,7 +82,8 @@ def step_in_words(config: RebelConfig) -> str:
         else "no price on the KL to the initial policy"
     )
     if config.eta == "auto":
-        held = f"{config.kl_per_iteration:g} nats per completion and iteration" if config.kl_per_iteration else "free KL"
+        goal = config.kl_per_iteration
+        held = f"{goal:g} nats per completion and iteration" if goal else "free KL"
         return f"eta auto ({REACH:g} nats per standard deviation of the reward, {held}); {price}"
     return f"eta {config.eta:g} nats per unit of reward; {price}"
 

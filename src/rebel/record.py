@@ -203,7 +203,9 @@ class Recorder:
         asked = [self.signalled is not None, self.trackers.should_stop]
         accelerator = self.learner.accelerator
         if accelerator.num_processes > 1:
-            asked = accelerator.reduce(torch.tensor(asked, device=accelerator.device).float(), reduction="sum").tolist()
+            own = torch.tensor(asked, device=accelerator.device).float()
+            summed: Any = accelerator.reduce(own, reduction="sum")
+            asked = summed.tolist()
         if asked[0] and self.signalled is None:
             self.signalled = "a signal to another process"
         return any(asked)

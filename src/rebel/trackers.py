@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.integrations import get_reporting_integration_callbacks
+from transformers.integrations.integration_utils import get_reporting_integration_callbacks
 from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback
 
 from rebel.config import RebelConfig
@@ -62,7 +62,6 @@ class Trackers:
         self.handler = CallbackHandler([*own, *callbacks], model, tokenizer, optimizer, scheduler)
         self.state = TrainerState(is_world_process_zero=main, is_local_process_zero=main)
         self.control = TrainerControl()
-        self.state.stateful_callbacks = {}
 
     def begin(self, step: int, max_steps: int) -> None:
         self.state.global_step, self.state.max_steps = step, max_steps

@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
-from peft import PeftConfig
-from torch import nn
+from peft import PeftConfig, PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
 from rebel.build import build_job, build_model, build_reward, build_tokenizer, with_adapter
@@ -21,6 +20,7 @@ from rebel.data import prompts_of
 from rebel.errors import RebelError
 from rebel.from_trl import translate_batch
 from rebel.job import carry_out, push
+from rebel.policies.causal_lm import CausalLM, LanguageModel
 from rebel.record import checkpoint_to_resume, claim_folder
 from rebel.settings import resolve
 from rebel.train import run_evaluation
@@ -61,9 +61,11 @@ class RebelTrainer:
         )
 
     @property
-    def model(self) -> nn.Module:
+    def model(self) -> LanguageModel:
         """The policy's model, with its adapter if it has one."""
-        return self.job.run.learner.policy.model
+        policy = self.job.run.learner.policy
+        assert isinstance(policy, CausalLM), "build_job made it"
+        return policy.model
 
     @property
     def state(self) -> Any:
@@ -116,11 +118,15 @@ def settings(args: RebelConfig, model: str | PreTrainedModel, peft_config: PeftC
     return validate(args, inputs=False)
 
 
-def loaded_model(model: str | PreTrainedModel, args: RebelConfig, peft_config: PeftConfig | None) -> nn.Module:
+def loaded_model(model: str | PreTrainedModel, args: RebelConfig, peft_config: PeftConfig | None) -> LanguageModel:
     """The model itself, with its adapter."""
     if isinstance(model, str):
-        bare = build_model(replace(args, use_peft=args.use_peft and peft_config is None))
-        return with_adapter(bare, args, peft_config) if peft_config else bare
+        built = build_model(replace(args, use_peft=args.use_peft and peft_config is None))
+        if peft_config is None:
+            return built
+        if isinstance(built, PeftModel):
+            raise RebelError("peft_config is a new adapter and adapter_path a trained one; give only one of them")
+        return with_adapter(built, args, peft_config)
     return with_adapter(model, args, peft_config) if args.use_peft and not hasattr(model, "peft_config") else model
 
 

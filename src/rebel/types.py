@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
+from typing import Any, ClassVar, Generic, Protocol, TypeVar, runtime_checkable
 
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
@@ -107,10 +107,14 @@ class TokenTrace:
 class Policy(Protocol[TraceIn]):
     """A model that can be re-scored: log pi_theta(y|x), differentiable.
 
-    `scorer` is the module that accelerate prepares: its forward computes the log-probabilities.
+    `scorer` is the module that accelerate prepares: its forward computes the log-probabilities. A policy is a
+    dataclass, so that the learner can replace its scorer by the prepared one.
     """
 
-    scorer: nn.Module
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+    @property
+    def scorer(self) -> nn.Module: ...
 
     def log_prob(self, traces: Sequence[TraceIn]) -> Float[Tensor, "N S"]:
         """Sums of log-probabilities in nats, one column for each segment of a trace (one for text)."""
@@ -144,13 +148,13 @@ class Sampler(Protocol[TraceOut]):
 
 
 @runtime_checkable
-class Reward(Protocol[TraceIn]):
+class Reward(Protocol[Trace]):
     """Scores whole groups, so that a judge of pairs needs no second path.
 
     A completion without any value has the reward NaN and leaves its group.
     """
 
-    def __call__(self, rollouts: Sequence[Rollout[TraceIn]]) -> list[Scored[TraceIn]]: ...
+    def __call__(self, rollouts: Sequence[Rollout[Trace]]) -> list[Scored[Trace]]: ...
 
 
 Keep = Bool[Tensor, " G"]

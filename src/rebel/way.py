@@ -25,7 +25,7 @@ class Way:
     """
 
     def __init__(self, learner: Learner, goal: float | None, stretch: float = 1.0) -> None:
-        self.learner, self.goal, self.stretch = learner, goal, stretch
+        self.learner, self.goal, self.stretch = learner, goal or 0.0, stretch
         self.start = learner.depart() if goal else None
         self.last = 0.0
         self.factors: list[float] = []

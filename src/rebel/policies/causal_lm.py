@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -18,6 +19,9 @@ from trl.trainer.utils import use_adapter
 
 from rebel.errors import RebelError
 from rebel.types import Completion, Content, LogProb, Prompt, TokenTrace
+
+LanguageModel = PreTrainedModel | PeftModel
+"""As transformers loads it, or with an adapter around it."""
 
 CHUNK_ELEMENTS = 2**24
 """Most logits held at once: 64 MiB in fp32, whatever the vocabulary."""
@@ -34,14 +38,17 @@ def token_logp(head: nn.Module, hidden: Tensor, targets: Tensor, temperature: fl
 class Scorer(nn.Module):
     """The module whose forward is log_prob, so that the hooks of DDP and FSDP fire for it."""
 
-    def __init__(self, model: nn.Module, temperature: float) -> None:
+    def __init__(self, model: LanguageModel, temperature: float) -> None:
         super().__init__()
         self.model = model
         self.temperature = temperature
 
     @property
     def causal(self) -> PreTrainedModel:
-        return self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+        if not isinstance(self.model, PeftModel):
+            return self.model
+        base: Any = self.model.get_base_model()  # which peft calls a Module
+        return base
 
     def forward(self, ids: Int[Tensor, "N T"], written: Bool[Tensor, "N T"]) -> Float[Tensor, " N"]:
         """Sum over the tokens marked `written` of log pi(token | what stands before it), in nats and at least fp32.
@@ -59,6 +66,7 @@ class Scorer(nn.Module):
         """log pi of each target, in pieces: logits of one piece at a time, made again in the backward pass."""
         causal = self.causal
         head = causal.get_output_embeddings()
+        assert head is not None, "a causal language model has an output layer"
         softcap = getattr(causal.config.get_text_config(), "final_logit_softcapping", None)
         size = max(1, CHUNK_ELEMENTS // causal.config.get_text_config().vocab_size)
         pieces = zip(hidden.split(size), targets.split(size), strict=True)
@@ -81,13 +89,13 @@ class CausalLM:
     @property
     def bare(self) -> Scorer:
         """The scorer without what wraps it for distribution."""
-        scorer = self.scorer
+        scorer: Any = self.scorer
         while not isinstance(scorer, Scorer):
             scorer = scorer.module
         return scorer
 
     @property
-    def model(self) -> nn.Module:
+    def model(self) -> LanguageModel:
         return self.bare.model
 
     @property
@@ -120,14 +128,15 @@ class CausalLM:
         if isinstance(prompt.content, str):
             ids = self.tokenizer(prompt.content).input_ids
             return ids[:-1] if len(ids) > 1 and ids[-1] == self.tokenizer.eos_token_id else ids
-        ids = self.tokenizer.apply_chat_template(
+        encoded: Any = self.tokenizer.apply_chat_template(
             prompt.content, add_generation_prompt=True, return_dict=True, **self.chat_template_kwargs
         )
-        return list(ids["input_ids"])
+        return list(encoded["input_ids"])
 
     def completion(self, prompt: Prompt, prompt_ids: Sequence[int], ids: Sequence[int]) -> Completion[TokenTrace]:
         """What was drawn, with the ids as they were drawn; finished if it ends with one of the ends of sequence."""
         text = self.tokenizer.decode(list(ids), skip_special_tokens=True)
+        assert isinstance(text, str), "one sequence of ids is one text"
         content: Content = text if isinstance(prompt.content, str) else [{"role": "assistant", "content": text}]
         trace = TokenTrace(tuple(prompt_ids), tuple(ids))
         return Completion(content, trace, finished=bool(ids) and ids[-1] in self.eos_ids)
@@ -146,7 +155,7 @@ def pad_right(traces: Sequence[TokenTrace], device: torch.device) -> tuple[Int[T
 
 
 def causal_lm(
-    model: nn.Module,
+    model: LanguageModel,
     tokenizer: PreTrainedTokenizerBase,
     temperature: float = 1.0,
     chat_template_kwargs: dict | None = None,
@@ -161,12 +170,12 @@ def causal_lm(
     return policy
 
 
-def ends_of_sequence(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+def ends_of_sequence(model: LanguageModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
     """Every id that ends a completion: the generation config's and the tokenizer's."""
     config = getattr(model, "generation_config", None)
     given = config.eos_token_id if config is not None else None
-    ids = given if isinstance(given, list | tuple) else [given]
-    found = frozenset(i for i in (*ids, tokenizer.eos_token_id) if i is not None)
+    ids: list[Any] = [*(given if isinstance(given, list | tuple) else [given]), tokenizer.eos_token_id]
+    found = frozenset(i for i in ids if i is not None)
     if not found:
         raise RebelError(
             "the tokenizer has no EOS token, so no completion could ever end: "
@@ -227,8 +236,11 @@ def frozen_copy(policy: CausalLM) -> LogProb:
 def without_adapter(policy: CausalLM) -> LogProb:
     """log pi_ref by the same weights with the adapter off: no second model."""
 
+    model = policy.model
+    assert isinstance(model, PeftModel), "there is an adapter to turn off"
+
     def log_prob(traces: Sequence[TokenTrace]) -> Tensor:
-        with policy.model.disable_adapter():
+        with model.disable_adapter():
             return plain(policy).log_prob(traces)
 
     return log_prob
@@ -237,6 +249,7 @@ def without_adapter(policy: CausalLM) -> LogProb:
 def initial_adapter(policy: CausalLM) -> LogProb:
     """log pi_ref by a frozen copy of the adapter that the policy starts from."""
     model = policy.model
+    assert isinstance(model, PeftModel), "there is an adapter to start from"
     model.add_adapter("reference", model.peft_config["default"])
     weights = dict(model.named_parameters())
     for name in [name for name in weights if ".default" in name]:

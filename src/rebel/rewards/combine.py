@@ -47,8 +47,9 @@ class Weighted:
     def check(self, prompts: Sequence[Prompt]) -> None:
         """Raises RebelError where one of the rewards cannot score completions of these prompts."""
         for reward in self.rewards:
-            if hasattr(reward, "check"):
-                reward.check(prompts)
+            check = getattr(reward, "check", None)
+            if check is not None:
+                check(prompts)
 
 
 def weighted_sum(values: Sequence[Values], weights: Sequence[float]) -> Float[Tensor, " N"]:
@@ -83,9 +84,10 @@ def _begin(reward: Reward, name: str, rollouts: Sequence[Rollout]) -> Callable[[
 
 def _group_values(reward: Reward, name: str, rollouts: Sequence[Rollout]) -> Values:
     scored = reward(rollouts)
-    if any(group.rewards is None for group in scored):
+    rewards = [group.rewards for group in scored if group.rewards is not None]
+    if len(rewards) < len(scored):
         raise RebelError(f"{name} compares pairs and gives no reward to add to others; use it as the only reward")
-    return torch.cat([group.rewards for group in scored]).tolist() if scored else []
+    return torch.cat(rewards).tolist() if rewards else []
 
 
 def _check_weights(weights: Sequence[float] | None, count: int) -> None:

@@ -22,6 +22,7 @@ from rebel.rewards.models import RewardModel
 from rebel.types import Reward
 
 OWN = ("exact_match",)
+OF_TRL: list[str] = trl.rewards.__all__  # pyright: ignore[reportAttributeAccessIssue]  # its module is a lazy one
 NEED_MATH_VERIFY = ("accuracy_reward", "reasoning_accuracy_reward")
 KINDS = (
     "a reward is file.py:function, package.module:function, a name of trl.rewards, "
@@ -55,7 +56,7 @@ def load_reward(spec: str, notes: Notes | None = None, **model_settings: Any) ->
 
 
 def _names() -> list[str]:
-    ready = [name for name in trl.rewards.__all__ if not name.startswith("get_")]
+    ready = [name for name in OF_TRL if not name.startswith("get_")]
     return sorted([*ready, *OWN])
 
 
@@ -63,7 +64,7 @@ def _named(spec: str) -> Callable[..., Any] | None:
     """A function of our own or of trl.rewards."""
     if spec in OWN:
         return getattr(checks, spec)
-    if spec not in trl.rewards.__all__:
+    if spec not in OF_TRL:
         return None
     if spec.startswith("get_"):
         raise RebelError(

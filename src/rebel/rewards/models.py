@@ -48,7 +48,8 @@ class RewardModel:
             model = _load_model(source, dtype, trust_remote_code)
         _check_labels(model.config, source)
         self.device = torch.device(device or _default_device())
-        self.model = model.to(self.device).eval().requires_grad_(False)
+        # transformers' annotation of `to` takes the device for self
+        self.model = model.to(self.device).eval().requires_grad_(False)  # pyright: ignore[reportArgumentType]
         self.tokens_per_batch = tokens_per_batch
         self.pad_id = _share_pad_token(self.model, self.tokenizer, source)
         self.longest = longest_input(self.model, self.tokenizer)
@@ -74,7 +75,7 @@ class RewardModel:
         """What the model reads: token ids of prompt and completion."""
         if isinstance(prompt.content, str):
             return self.tokenizer(prompt.content + completion.content)["input_ids"]
-        text = self.tokenizer.apply_chat_template([*prompt.content, *completion.content], tokenize=False)
+        text: Any = self.tokenizer.apply_chat_template([*prompt.content, *completion.content], tokenize=False)
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
     @torch.no_grad()
@@ -149,9 +150,8 @@ def _check_labels(config: Any, source: str) -> None:
 
 
 def _default_device() -> torch.device:
-    if torch.accelerator.is_available():
-        return torch.accelerator.current_accelerator()
-    return torch.device("cpu")
+    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return found or torch.device("cpu")
 
 
 def _share_pad_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, source: str) -> int:
@@ -163,5 +163,6 @@ def _share_pad_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
         tokenizer.pad_token = tokenizer.eos_token
     if tokenizer.pad_token_id is None:
         raise RebelError(f"--reward_funcs {source}: its tokenizer has neither a padding nor an end-of-text token")
-    config.pad_token_id = tokenizer.pad_token_id
-    return tokenizer.pad_token_id
+    pad: Any = tokenizer.pad_token_id
+    config.pad_token_id = pad
+    return pad

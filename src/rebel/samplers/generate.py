@@ -98,7 +98,7 @@ class Prefilled:
         padded = [[0] * (length - len(prompt)) + list(prompt) for prompt in prompts]
         real = [[0] * (length - len(prompt)) + [1] * len(prompt) for prompt in prompts]
         ids, mask = (torch.tensor(x, device=policy.device) for x in (padded, real))
-        cache = DynamicCache(config=policy.model.config)
+        cache = DynamicCache(config=policy.bare.causal.config)
         logits = forward(policy, ids, mask, cache)
         cache.batch_repeat_interleave(group_size)
         return cls(policy, cache, mask.repeat_interleave(group_size, 0), logits.repeat_interleave(group_size, 0))
