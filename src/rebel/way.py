@@ -28,23 +28,27 @@ class Way:
         self.learner, self.goal, self.stretch = learner, goal or 0.0, stretch
         self.start = learner.depart() if goal else None
         self.last = 0.0
-        self.factors: list[float] = []
-        self.worn: list[float] = []
+        self.unseen: list[tuple[float, float]] = []
+        self.worn: list[tuple[float, float]] = []
 
     def too_far(self, fit: Fit) -> bool:
         """Whether the remaining steps should be left out; takes the measure of a minibatch."""
         if self.start is None:
             return False
         if self.last:
-            factor = measures.half_variance(fit.logp - fit.batch.anchor_logp) / self.last
-            (self.factors if fit.fresh else self.worn).append(factor)
+            point = (measures.half_variance(fit.logp - fit.batch.anchor_logp), self.last)
+            (self.unseen if fit.fresh else self.worn).append(point)
         self.last = self.learner.distance(self.start)
         return self.kl > SLACK * self.goal
 
     @property
     def kl(self) -> float:
-        """KL of the weights as they are now to where they set out, by the factor measured so far."""
-        return self.last * measures.mean(self.factors or self.worn)
+        """KL of the weights as they are now to where they set out, by the factor measured so far.
+
+        A ratio of sums: the first steps, which go in directions of little KL, count for little.
+        """
+        points = self.unseen or self.worn
+        return self.last * sum(kl for kl, _ in points) / sum(way for _, way in points) if points else math.nan
 
     def end(self) -> float:
         """Scale the way to the goal as far as may be; returns the scale that would have met it."""
