@@ -45,7 +45,11 @@ def carry_out(job: Job, resume: Path | None = None) -> Progress:
     try:
         with recorder.heeding_signals():
             train(run, progress, job.iterations)
-    except (RunStopped, RebelError) as stopped:
+    except RebelError as wrong:
+        if not run.learner.steps:  # wrong input, found before anything was learnt
+            raise
+        raise explained(wrong, job, progress) from wrong
+    except RunStopped as stopped:
         raise explained(stopped, job, progress) from stopped
     if progress.iteration < job.iterations and recorder.signalled:
         recorder.checkpoint(progress)
