@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -80,6 +80,6 @@ def length(completion: Completion) -> int:
     return len(getattr(trace, "completion", ()))
 
 
-def mean(values: Sequence[float] | object) -> float:
-    numbers = list(values)  # type: ignore[call-overload]
+def mean(values: Iterable[float]) -> float:
+    numbers = list(values)
     return sum(numbers) / len(numbers) if numbers else math.nan

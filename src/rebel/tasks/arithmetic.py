@@ -74,10 +74,11 @@ def problems(seed: int) -> Problems:
     return Problems(mixed[HELD_OUT:], mixed[:HELD_OUT])
 
 
-def worked_examples(sums: Sequence[Sum], seed: int) -> list[tuple[str, str]]:
-    """Problems with answers as the careless teacher of the supervised lessons writes them down."""
+def worked_examples(sums: Sequence[Sum], count: int, seed: int) -> list[tuple[str, str]]:
+    """Problems drawn at random, with answers as a careless teacher writes them down."""
     dice = random.Random(seed)
-    return [(s.prompt, s.careless_answer if dice.random() < FORGOTTEN else s.answer) for s in sums]
+    drawn = dice.choices(sums, k=count)
+    return [(s.prompt, s.careless_answer if dice.random() < FORGOTTEN else s.answer) for s in drawn]
 
 
 def exact(completions: Sequence[str], answer: Sequence[str], **columns: Any) -> list[float]:
@@ -91,7 +92,7 @@ def careless_model(sums: Sequence[Sum], recipe: Recipe, seed: int) -> tuple[Llam
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = small_llama(tokenizer, recipe, POSITIONS)
-    teach(model, lessons(tokenizer, worked_examples(sums, seed)), recipe, seed)
+    teach(model, lessons(tokenizer, worked_examples(sums, recipe.examples, seed)), recipe)
     return model, tokenizer
 
 

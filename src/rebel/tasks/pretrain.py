@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import count, islice
 from pathlib import Path
 
 import torch
@@ -14,8 +13,6 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, get_linear_schedule_with_warmup
-
-from rebel.data import shuffled
 
 EOS = "<eos>"
 IGNORED = -100
@@ -31,8 +28,9 @@ class Recipe:
     initializer_range: float = 0.05
     learning_rate: float = 4e-3
     warmup: int = 20
+    weight_decay: float = 0.0
     batch: int = 256
-    steps: int = 240
+    examples: int = 300 * 256
     memory: float = 0.95
 
 
@@ -95,12 +93,14 @@ def greedy_accuracy(model: nn.Module, exam: Lessons) -> float:
     return float(((likeliest == exam.targets) | (exam.targets == IGNORED)).all(dim=1).float().mean())
 
 
-def teach(model: LlamaForCausalLM, course: Lessons, recipe: Recipe, seed: int) -> None:
-    """Supervised learning for the steps of the recipe; the model is left with the running average of its weights."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.learning_rate, betas=(0.9, 0.99), weight_decay=0.0)
-    schedule = get_linear_schedule_with_warmup(optimizer, recipe.warmup, recipe.steps)
+def teach(model: LlamaForCausalLM, course: Lessons, recipe: Recipe) -> None:
+    """One pass of supervised learning over the course; the model is left with the running average of its weights."""
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=recipe.learning_rate, betas=(0.9, 0.99), weight_decay=recipe.weight_decay
+    )
+    schedule = get_linear_schedule_with_warmup(optimizer, recipe.warmup, len(course) // recipe.batch)
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(recipe.memory))
-    for rows in islice(batches(len(course), recipe.batch, seed), recipe.steps):
+    for rows in torch.arange(len(course)).split(recipe.batch):
         logits = model(input_ids=course.ids[rows]).logits
         cross_entropy(logits.flatten(0, 1), course.targets[rows].flatten(), ignore_index=IGNORED).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -109,13 +109,6 @@ def teach(model: LlamaForCausalLM, course: Lessons, recipe: Recipe, seed: int) -
         optimizer.zero_grad()
         average.update_parameters(model)
     model.load_state_dict(average.module.state_dict())
-
-
-def batches(examples: int, size: int, seed: int) -> Iterator[list[int]]:
-    """Rows of the examples in endless shuffled passes."""
-    for lap in count():
-        order = shuffled(examples, seed, lap)
-        yield from (order[start : start + size] for start in range(0, examples, size))
 
 
 def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
