@@ -120,8 +120,9 @@ def together(world: int, score: Callable[[], list[Scored]]) -> list[Scored]:
     except (RunStopped, RebelError) as stopped:
         failure = stopped
     if world > 1:
-        reasons = [reason for reason in gather_object([failure and str(failure)]) if reason]
-        failure = failure or (RunStopped(reasons[0]) if reasons else None)
+        kind = RebelError if isinstance(failure, RebelError) else RunStopped
+        others = [other for other in gather_object([failure and (kind, str(failure))]) if other]
+        failure = failure or (others[0][0](others[0][1]) if others else None)
     if failure:
         raise failure
     return scored
