@@ -8,6 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
+torch.set_num_threads(1)
+"""With two threads one of the bit-for-bit comparisons of a resumed run fails: the cause is not yet known."""
+
 DATA = Path(os.environ.get("REBEL_DATA") or Path(__file__).resolve().parents[2] / "shared" / "data")
 
 
