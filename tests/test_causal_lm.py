@@ -100,6 +100,32 @@ def test_probabilities_of_all_answers_of_up_to_two_tokens_sum_to_one() -> None:
     assert logp.exp().sum().item() == pytest.approx(1.0, abs=1e-10)
 
 
+@pytest.mark.parametrize("kind", ["llama", "gemma2", "gpt2", "lora"])
+@torch.no_grad()
+def test_divergence_is_the_kl_of_all_answers(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of all one-token answers it is sum pi log(pi / pi_before); along a longer one, the sum over its prefixes."""
+    policy = with_lora(in_double("llama", 0.7)) if kind == "lora" else in_double(kind, 0.7)
+    trained = [weight for weight in policy.scorer.parameters() if weight.requires_grad]
+    before = [weight.clone() for weight in trained]
+    whole = tiny.trace(3, 5)
+    steps = [TokenTrace(whole.prompt + whole.completion[:k], whole.completion[k : k + 1]) for k in range(5)]
+    answers = [TokenTrace(step.prompt, (token,)) for step in steps for token in range(VOCABULARY)]
+    then = policy.log_prob(answers).view(5, VOCABULARY)
+    torch.manual_seed(3)
+    for weight in trained:
+        weight.add_(0.1 * torch.randn_like(weight))
+    now = policy.log_prob(answers).view(5, VOCABULARY)
+    expected = (now.exp() * (now - then)).sum(dim=1)
+    assert expected.min() > 1e-4
+    for size in (2**24, 3 * VOCABULARY):
+        monkeypatch.setattr(module, "CHUNK_ELEMENTS", size)
+        torch.testing.assert_close(policy.divergence(steps, before)[:, 0], expected, rtol=1e-8, atol=1e-10)
+        both = policy.divergence([whole, tiny.trace(2, 9)], before)[0, 0]
+        torch.testing.assert_close(both, expected.sum(), rtol=1e-8, atol=1e-10)
+    assert policy.divergence([whole], trained).item() == 0.0
+    torch.testing.assert_close(policy.log_prob(answers).view(5, VOCABULARY), now, rtol=1e-12, atol=1e-12)
+
+
 @torch.no_grad()
 def test_temperature_divides_the_logits_and_not_the_log_probability() -> None:
     trace = [tiny.trace(4, 6)]

@@ -20,6 +20,7 @@ from rebel.learner import Learner, fill, learner, plan, share
 from rebel.pairing import all_pairs, best_against_worst
 from rebel.policies.causal_lm import causal_lm
 from rebel.types import Completion, Pairing, Prompt, RegressionBatch, Rollout, Scored, TokenTrace
+from rebel.way import Moved, divergence, meet, probe
 
 STEP, BETA = 2.5, 0.1
 SIZES = (4, 2, 7, 3)
@@ -280,10 +281,32 @@ def test_a_scaled_way_is_as_if_every_weight_had_gone_that_far() -> None:
         one.update(traces_of(ragged()), weigh)
         scaled = [s + 1.7 * (w - s) for s, w in zip(start, copied(one), strict=True)]
         averaged = [m + 2 / step * (w - m) for m, w in zip(averaged, scaled, strict=True)]
-    assert one.distance(departure) == pytest.approx(float((flat(copied(one)) - flat(start)).square().sum()), rel=1e-5)
     one.scale_way(departure, 1.7)
     torch.testing.assert_close(copied(one), scaled)
     torch.testing.assert_close(one.averaged, averaged)
+
+
+@pytest.mark.parametrize(("goal", "stretch"), [(0.01, 4.0), (0.3, 40.0), (5.0, 1.5)])
+def test_the_way_is_scaled_until_the_policy_has_moved_by_the_goal(goal: float, stretch: float) -> None:
+    one, groups = a_learner(rate=3e-4), ragged()
+    _, weigh = problem(groups, all_pairs, one)
+    start = one.depart()
+    assert meet(one, start, goal, stretch, groups) == Moved(1.0, 0.0)  # nothing has moved yet
+    for _ in range(2):
+        one.update(traces_of(groups), weigh)
+    moved, before = copied(one), start.weights
+    found = meet(one, start, goal, stretch, groups)
+    assert found.kl == pytest.approx(divergence(one, start, probe(groups)))
+    assert found.kl == pytest.approx(goal, rel=0.05) if found.scale < stretch else found.kl < goal
+    scaled = [b + found.scale * (w - b) for b, w in zip(before, moved, strict=True)]
+    torch.testing.assert_close(copied(one), scaled)
+
+
+def test_the_probe_has_the_first_trace_of_every_group_before_the_second_of_any() -> None:
+    groups = ragged()
+    traces = probe(groups)
+    assert len(traces) == sum(SIZES)
+    assert traces[: len(groups)] == [group.rollout.traces[0] for group in groups]
 
 
 def test_without_averaging_the_average_is_the_last_iterate() -> None:

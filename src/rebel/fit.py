@@ -17,7 +17,7 @@ from rebel.data import shuffled
 from rebel.learner import Learner
 from rebel.stepsize import StepRule
 from rebel.types import LogProb, Pairing, Scored
-from rebel.way import Way
+from rebel.way import Moved, meet
 
 Phase = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
 
@@ -61,7 +61,9 @@ def fit(
         done(1)
     scored = time.perf_counter()
     with phase("training", len(minibatches)) as done:
-        fits, scale = take_steps(learner, problem, how, minibatches, held, done)
+        start = learner.depart() if problem.goal else None
+        fits = take_steps(learner, problem, how, minibatches, held, done)
+        moved = meet(learner, start, problem.goal, how.step_rule.stretch, groups) if start and problem.goal else Moved()
     probe = held or list(fits[-1].groups)
     after = score(learner, learner.policy.log_prob, groups, probe)
     ended = time.perf_counter()
@@ -69,8 +71,9 @@ def fit(
         **measures.of_fits(fits, problem.step),
         **of_probe(problem, how, probe, after, in_sample=not held),
         **of_anchors(problem),
+        **({} if moved.kl is None else {"kl_iteration": moved.kl}),
         "eta": problem.step,
-        "scale": scale,
+        "scale": moved.scale,
         "grad_norm": learner.grad_norm,
         "learning_rate": learner.learning_rate,
         "seconds/scoring": scored - began,
@@ -124,12 +127,8 @@ def take_steps(
     minibatches: Sequence[Sequence[int]],
     held: Sequence[int],
     done: Callable[[int], None],
-) -> tuple[list[Fit], float]:
-    """One optimiser step a minibatch, until the policy is far enough or no longer fits what is held out.
-
-    Returns what the steps saw, and the scale of the way that meets the goal of the step rule.
-    """
-    way = Way(learner, problem.goal, how.step_rule.stretch)
+) -> list[Fit]:
+    """One optimiser step a minibatch, until the policy no longer fits what is held out; returns what the steps saw."""
     fits: list[Fit] = []
     fitted: list[float] = []
     for now in regress(
@@ -144,13 +143,11 @@ def take_steps(
     ):
         fits.append(now)
         done(1)
-        if way.too_far(now):
-            break
         if held:
             fitted.append(held_out_fit(learner, problem, how, held))
             if max(fitted) > max(fitted[-2:]):
                 break
-    return fits, way.end()
+    return fits
 
 
 def held_out_fit(learner: Learner, problem: Problem, how: Regression, held: Sequence[int]) -> float:

@@ -101,11 +101,7 @@ def run_training(config: RebelConfig, dry_run: bool = False) -> None:
     """`rebel train`: everything from its settings. Prints the plan, and with `dry_run` nothing more."""
     quiet()
     resume = checkpoint_to_resume(config)
-    prompts = build_prompts(config)
-    tokenizer = build_tokenizer(config)
-    build_reward(config, Notes()).check(prompts[0])
-    model = build_model(config)
-    job = build_job(config, model, tokenizer, partial(build_reward, config), prompts)
+    job = prepare(config)
     for line in job.plan:
         job.recorder.terminal.say(line)
     if dry_run:
@@ -115,6 +111,14 @@ def run_training(config: RebelConfig, dry_run: bool = False) -> None:
     job.recorder.terminal.say(f"model:  {job.recorder.folder}")
     if config.push_to_hub and job.recorder.main:
         push(job)
+
+
+def prepare(config: RebelConfig) -> Job:
+    """A run that is ready to start; what is quick to find wrong is looked at before the model is loaded."""
+    prompts = build_prompts(config)
+    tokenizer = build_tokenizer(config)
+    build_reward(config, Notes()).check(prompts[0])
+    return build_job(config, build_model(config), tokenizer, partial(build_reward, config), prompts)
 
 
 def quiet() -> None:

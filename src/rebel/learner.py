@@ -197,12 +197,6 @@ class Learner:
         return Departure([w.detach().clone() for w in self.weights], [a.clone() for a in self.averaged])
 
     @torch.no_grad()
-    def distance(self, start: Departure) -> float:
-        """Squared Euclidean distance of the weights from `start`."""
-        gaps = [(now - then).float().square().sum() for now, then in zip(self.weights, start.weights, strict=True)]
-        return float(torch.stack(gaps).sum())
-
-    @torch.no_grad()
     def scale_way(self, start: Departure, scale: float) -> None:
         """As if every weight had gone `scale` times as far from `start`; the average follows."""
         for now, then in zip(self.weights, start.weights, strict=True):

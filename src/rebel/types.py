@@ -129,6 +129,13 @@ class Policy(Protocol[TraceIn]):
         """Back-propagate sum(c * log_prob) with c = weigh(log_prob, detached); returns the log-probabilities."""
         ...
 
+    def divergence(self, traces: Sequence[TraceIn], before: Sequence[Tensor]) -> Float[Tensor, "N S"]:
+        """KL in nats to the policy with the trainable parameters `before`, along each trace.
+
+        Of the whole distribution at every place that the policy wrote, and not of what was drawn there alone.
+        """
+        ...
+
     def cost(self, trace: TraceIn) -> int:
         """What a trace costs in a micro-batch: tokens for text, denoising steps for images."""
         ...

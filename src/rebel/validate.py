@@ -107,12 +107,8 @@ def _ranges(config: RebelConfig) -> Complaints:
 def _eta(config: RebelConfig) -> Complaints:
     eta, beta = config.eta, config.beta
     if eta == "auto":
-        if config.kl_per_iteration and config.steps_per_iteration * config.num_iterations == 1:
-            yield (
-                "--kl_per_iteration cannot be kept with one optimiser step an iteration: the KL is measured on "
-                "the steps before the last. Use more --steps_per_iteration or --num_iterations"
-            )
-    elif config.kl_per_iteration is not None:
+        return
+    if config.kl_per_iteration is not None:
         yield f"{_said(config, 'kl_per_iteration', 'eta')}: a stated KL chooses the step itself; use --eta auto"
     elif not eta > 0:
         yield f"{_said(config, 'eta')}: use a positive number of nats per unit of reward, or auto"

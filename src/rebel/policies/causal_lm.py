@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from peft import PeftModel
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -25,14 +26,6 @@ LanguageModel = PreTrainedModel | PeftModel
 
 CHUNK_ELEMENTS = 2**24
 """Most logits held at once: 64 MiB in fp32, whatever the vocabulary."""
-
-
-def token_logp(head: nn.Module, hidden: Tensor, targets: Tensor, temperature: float, softcap: float | None) -> Tensor:
-    logits = head(hidden)
-    logits = logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
-    if softcap:
-        logits = softcap * torch.tanh(logits / softcap)
-    return -cross_entropy(logits / temperature, targets, reduction="none")
 
 
 class Scorer(nn.Module):
@@ -55,26 +48,62 @@ class Scorer(nn.Module):
 
         Rows are padded on the right, where causal attention cannot see the padding.
         """
-        causal = self.causal
-        backbone = getattr(causal, causal.base_model_prefix)
+        row, targets, hidden = self.places(ids, written)
+        logp = self.chunked_logp(hidden, targets)
+        return logp.new_zeros(len(ids)).index_add(0, row, logp)
+
+    def places(
+        self, ids: Int[Tensor, "N T"], written: Bool[Tensor, "N T"]
+    ) -> tuple[Int[Tensor, " K"], Int[Tensor, " K"], Float[Tensor, "K H"]]:
+        """Row, token and the hidden state that predicts it, of every token marked `written`."""
+        backbone = getattr(self.causal, self.causal.base_model_prefix)
         hidden = backbone(input_ids=ids, use_cache=False).last_hidden_state
         row, column = written[:, 1:].nonzero(as_tuple=True)
-        logp = self.chunked_logp(hidden[row, column], ids[row, column + 1])
-        return logp.new_zeros(len(ids)).index_add(0, row, logp)
+        return row, ids[row, column + 1], hidden[row, column]
 
     def chunked_logp(self, hidden: Float[Tensor, "K H"], targets: Int[Tensor, " K"]) -> Float[Tensor, " K"]:
         """log pi of each target, in pieces: logits of one piece at a time, made again in the backward pass."""
-        causal = self.causal
-        head = causal.get_output_embeddings()
+        if len(hidden) <= self.piece:  # one piece: holding it costs no more than the bound
+            return self.token_logp(hidden, targets)
+        pieces = zip(hidden.split(self.piece), targets.split(self.piece), strict=True)
+        return torch.cat([checkpoint(self.token_logp, h, y, use_reentrant=False) for h, y in pieces])
+
+    @property
+    def piece(self) -> int:
+        """How many tokens' logits are held at once."""
+        return max(1, CHUNK_ELEMENTS // self.causal.config.get_text_config().vocab_size)
+
+    def token_logp(self, hidden: Float[Tensor, "K H"], targets: Int[Tensor, " K"]) -> Float[Tensor, " K"]:
+        """log pi of each target, in nats."""
+        return -cross_entropy(self.logits(hidden), targets, reduction="none")
+
+    def logits(self, hidden: Float[Tensor, "K H"]) -> Float[Tensor, "K V"]:
+        """Logits at the sampling temperature, in at least fp32."""
+        head = self.causal.get_output_embeddings()
         assert head is not None, "a causal language model has an output layer"
-        softcap = getattr(causal.config.get_text_config(), "final_logit_softcapping", None)
-        size = max(1, CHUNK_ELEMENTS // causal.config.get_text_config().vocab_size)
-        pieces = zip(hidden.split(size), targets.split(size), strict=True)
-        if len(hidden) <= size:  # one piece: holding it costs no more than the bound
-            return token_logp(head, hidden, targets, self.temperature, softcap)
-        return torch.cat(
-            [checkpoint(token_logp, head, h, y, self.temperature, softcap, use_reentrant=False) for h, y in pieces]
-        )
+        logits = head(hidden)
+        logits = logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
+        softcap = getattr(self.causal.config.get_text_config(), "final_logit_softcapping", None)
+        if softcap:
+            logits = softcap * torch.tanh(logits / softcap)
+        return logits / self.temperature
+
+
+class Former(nn.Module):
+    """A scorer as it was: its parts, computed with former values of the parameters that are trained."""
+
+    def __init__(self, scorer: Scorer, weights: Sequence[Tensor]) -> None:
+        super().__init__()
+        self.scorer = scorer
+        trained = [name for name, weight in self.named_parameters() if weight.requires_grad]
+        self.weights = dict(zip(trained, weights, strict=True))
+
+    def forward(self, part: str, *given: Tensor) -> Any:
+        return getattr(self.scorer, part)(*given)
+
+    def part(self, name: str, *given: Tensor) -> Any:
+        """What the scorer's method of this name returned then."""
+        return functional_call(self, self.weights, (name, *given))
 
 
 @dataclass(frozen=True)
@@ -119,6 +148,21 @@ class CausalLM:
             backward((weigh(logp.detach()) * logp).sum())
         return logp.detach()
 
+    @torch.no_grad()
+    def divergence(self, traces: Sequence[TokenTrace], before: Sequence[Tensor]) -> Float[Tensor, "N 1"]:
+        """Sum over the written tokens of the KL between the next token's distribution now and `before`, in nats."""
+        ids, written = pad_right(traces, self.device)
+        scorer, former = self.bare, Former(self.bare, before)
+        row, _, hidden = scorer.places(ids, written)
+        hidden_then = former.part("places", ids, written)[2]
+        kl = torch.cat(
+            [
+                divergence_of(former.part("logits", h).log_softmax(-1), scorer.logits(g).log_softmax(-1))
+                for g, h in zip(hidden.split(scorer.piece), hidden_then.split(scorer.piece), strict=True)
+            ]
+        )
+        return kl.new_zeros(len(ids)).index_add(0, row, kl)[:, None]
+
     def cost(self, trace: TokenTrace) -> int:
         """Tokens of the row that re-scores this trace."""
         return len(trace)
@@ -140,6 +184,11 @@ class CausalLM:
         content: Content = text if isinstance(prompt.content, str) else [{"role": "assistant", "content": text}]
         trace = TokenTrace(tuple(prompt_ids), tuple(ids))
         return Completion(content, trace, finished=bool(ids) and ids[-1] in self.eos_ids)
+
+
+def divergence_of(before: Float[Tensor, "K V"], now: Float[Tensor, "K V"]) -> Float[Tensor, " K"]:
+    """KL(now || before) of distributions given by their log-probabilities."""
+    return (now.exp() * (now - before)).sum(dim=-1)
 
 
 def pad_right(traces: Sequence[TokenTrace], device: torch.device) -> tuple[Int[Tensor, "N T"], Bool[Tensor, "N T"]]:

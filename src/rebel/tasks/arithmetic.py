@@ -135,14 +135,20 @@ def quickstart(output_dir: str, seed: int, recipe: Recipe = RECIPE, **changes: A
     parts = problems(seed)
     print(f"1. A small Llama learns two-digit addition from {len(parts.training):,} worked examples, by ordinary")
     print(f"   supervised learning. {FORGOTTEN:.0%} of those with a carry forget it (47+38=75).", flush=True)
-    model, tokenizer = careless_model(parts.training, recipe, seed)
-    save(model, tokenizer, folder / "initial")
-    write_problems(parts, folder / "problems")
+    model = prepare(parts, folder, recipe, seed)
     print(f"   {model.num_parameters():,} parameters, {time.monotonic() - began:.0f} s: {folder / 'initial'}\n")
     print("2. REBEL: the model answers the problems itself, and all it is told is which answers are right.")
     print(f"   eval is the share of {len(parts.held_out):,} held-out problems it then answers right, greedily.\n")
     run_training(config)
     print("\n" + summary(folder, time.monotonic() - began))
+
+
+def prepare(parts: Problems, folder: Path, recipe: Recipe, seed: int) -> LlamaForCausalLM:
+    """The model that is to be improved; it and the problems are written where the settings of the run expect them."""
+    model, tokenizer = careless_model(parts.training, recipe, seed)
+    save(model, tokenizer, folder / "initial")
+    write_problems(parts, folder / "problems")
+    return model
 
 
 def make_folder(config: RebelConfig) -> None:

@@ -30,7 +30,7 @@ class Recipe:
     warmup: int = 20
     weight_decay: float = 0.0
     batch: int = 256
-    examples: int = 300 * 256
+    examples: int = 800 * 256
     memory: float = 0.95
 
 
