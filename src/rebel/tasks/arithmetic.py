@@ -182,5 +182,5 @@ def summary(folder: Path, seconds: float) -> str:
     )
 
 
-def share(row: Mapping[str, float]) -> str:
+def share(row: Mapping[str, Any]) -> str:
     return f"{row['eval/reward']:.1%}"
