@@ -25,7 +25,7 @@ from rebel.checkpoint import Progress
 from rebel.train import iterate
 from rebel.types import Prompt
 
-MILESTONES = (192, 256, 320, 448, 512, 640, 1280, 2560, 5120)
+MILESTONES = (192, 256, 320, 384, 448, 512, 576, 640, 1280, 2560, 5120)
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +38,7 @@ class Settings:
     prompts: int = 8
     group: int = 8
     steps: int = 8
-    passes: int = 1
+    passes: int = RebelConfig.num_iterations
     beta: float = 0.0
     eta: float | str = "auto"
     kl_per_iteration: float | None = RebelConfig.kl_per_iteration
@@ -151,10 +151,10 @@ def show(row: dict[str, Any]) -> None:
     print(f"{names} {batch} seed {row['seed']}  {points}  {row['cpu_seconds']} CPU seconds", flush=True)
 
 
-FREE = Settings(prompts=8, samples=640)
-"""Without a KL term: 8 prompts x 8 completions and 8 steps an iteration."""
-PRICED = Settings(prompts=32, samples=5120, beta=0.05, average=0.5)
-"""With a KL term: 32 prompts x 8 completions and 8 steps an iteration."""
+FREE = Settings(prompts=8, samples=640, learning_rate=5e-5)
+"""Without a KL term: 8 prompts x 8 completions an iteration, 8 steps a pass."""
+PRICED = Settings(prompts=32, samples=5120, beta=0.05, average=0.3, learning_rate=3e-5)
+"""With a KL term: 32 prompts x 8 completions an iteration, 8 steps a pass."""
 SEEDS = (1, 2, 3, 4, 5)
 OFF = 1e6
 
@@ -164,8 +164,8 @@ def grid() -> Iterator[tuple[Settings, int]]:
     yield from ((PRICED, seed) for seed in SEEDS)
     yield from ((FREE, seed) for seed in SEEDS)
     yield from ((replace(FREE, eta=OFF), seed) for seed in SEEDS)
-    yield from ((replace(PRICED, eta=OFF), seed) for seed in SEEDS)
-    yield from ((replace(FREE, task="word_length"), seed) for seed in SEEDS[:2])
+    yield from ((replace(PRICED, eta=OFF), seed) for seed in SEEDS[:2])
+    yield from ((replace(FREE, task="word_length"), seed) for seed in SEEDS[:3])
 
 
 def parse() -> argparse.Namespace:

@@ -254,6 +254,10 @@ def grid() -> Runs:
     yield from ((replace(best_rate(PRICED, SEEDS[:2]), price="reward"), seed) for seed in SEEDS[:2])
     yield from ((replace(FREE, scale_rewards="group"), seed) for seed in SEEDS[:3])
     yield from ((replace(FREE, steps_per_generation=2, num_iterations=4), seed) for seed in SEEDS[:2])
+    yield from ((replace(FREE, num_iterations=4, learning_rate=5e-5), seed) for seed in SEEDS[:3])
+    yield from ((replace(PRICED, num_iterations=4, learning_rate=3e-5), seed) for seed in SEEDS[:2])
+    yield from ((replace(FREE, task="word_length"), seed) for seed in SEEDS[:3])
+    yield from ((replace(FREE, task="word_length", num_iterations=4, learning_rate=5e-5), seed) for seed in SEEDS[:3])
     yield from rates(FREE, SEEDS[:2], of=LEARNING_RATES[1:])
     yield from rates(rloo, SEEDS[:2], of=LEARNING_RATES[1:])
 

@@ -106,6 +106,7 @@ def run_rebel(work: Work, model: str, prompts: list[str], folder: str) -> list[f
         num_generations=work.group,
         prompts_per_iteration=work.prompts,
         steps_per_iteration=work.steps,
+        num_iterations=1,
         max_completion_length=work.completion_length,
         max_prompt_length=1024,
         iterations=ITERATIONS + 1,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import sys
 from collections.abc import Iterator
@@ -168,7 +169,7 @@ def test_the_example_for_users_of_trl_is_the_same_but_for_the_names(
     monkeypatch.chdir(tmp_path)
     small = after.replace("Qwen/Qwen2.5-0.5B-Instruct", str(tmp_path / "chat"))
     exec(small.replace("bf16=True", "bf16=True, use_cpu=True"), {"__name__": "after"})
-    assert trained[0].job.iterations == 400 / 8
+    assert trained[0].job.iterations == math.ceil(400 / (8 * 4))
 
 
 def test_what_a_reward_function_is_called_with_is_documented() -> None:

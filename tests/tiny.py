@@ -129,6 +129,7 @@ SETTINGS: dict[str, Any] = {
     "num_generations": 4,
     "prompts_per_iteration": 6,
     "steps_per_iteration": 3,
+    "num_iterations": 1,
     "max_completion_length": 6,
     "max_prompt_length": 16,
     "tokens_per_micro_batch": 128,

@@ -187,7 +187,7 @@ def check_template(prompts: Sequence[Prompt], policy: CausalLM) -> None:
 def memory_of_average(config: RebelConfig) -> float:
     """Averaging pays where iterates come to rest, and lags behind where they keep moving."""
     if config.average is None:
-        return 0.5 if config.beta else 0.0
+        return 0.3 if config.beta else 0.0
     return config.average
 
 

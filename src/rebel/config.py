@@ -106,8 +106,8 @@ class RebelConfig:
     """Prompts drawn for each iteration, all processes together."""
     steps_per_iteration: int = 8
     """Optimiser steps per pass over the iteration's completions: as many minibatches of whole groups."""
-    num_iterations: int = 1
-    """Passes (epochs) over the completions of one iteration."""
+    num_iterations: int = 4
+    """Passes (epochs) over the completions of one iteration. (TRL's default is 1.)"""
     tokens_per_micro_batch: int = 8192
     """Tokens in one forward pass; sets the memory of training, never its result."""
     learning_rate: float = 1e-5
@@ -132,7 +132,7 @@ class RebelConfig:
     """Longest gradient; 0 for no clipping. Norms here are of sums over completions: hundreds are no cause for alarm."""
     average: float | None = None
     """Memory of the averaged iterate that is evaluated and saved, as a share of all steps so far; 0: the last iterate.
-    Unset: 0.5 with beta > 0, where the iterates come to rest around a point, and 0 where they keep moving."""
+    Unset: 0.3 with beta > 0, where the iterates come to rest around a point, and 0 where they keep moving."""
     bf16: bool = False
     """Mixed precision on bfloat16."""
     fp16: bool = False

@@ -109,6 +109,7 @@ def settings(folder: Path, seed: int) -> RebelConfig:
         num_generations=8,
         sampling_batch=1024,
         steps_per_iteration=8,
+        num_iterations=1,
         tokens_per_micro_batch=32768,
         iterations=60,
         learning_rate=5e-5,
