@@ -142,6 +142,7 @@ def sample(
     run_dir: Path, prompts: Sequence[str], n: int, temperature: float | None, max_new_tokens: int | None
 ) -> list[list[str]]:
     """`rebel sample`: completions of the prompts by the tuned model of a run."""
+    quiet()
     config = resolve(read_yaml(run_dir / SETTINGS)) if (run_dir / SETTINGS).exists() else RebelConfig()
     adapter = (run_dir / "adapter_config.json").exists()
     kind = AutoPeftModelForCausalLM if adapter else AutoModelForCausalLM

@@ -9,8 +9,9 @@ from typing import Protocol, runtime_checkable
 from rebel.algorithm import step_size
 
 REACH = 5.0
-"""Nats that eta: auto asks of a reward difference of one standard deviation. Aimed at much less, several passes memorise
-their completions and explain no others; aimed much farther, the residuals hardly change and it is policy gradient."""
+"""Nats that eta: auto asks of a reward difference of one standard deviation. Aimed at much less, several passes
+memorise their completions and explain no others; aimed much farther, the residuals hardly change and it is policy
+gradient (benchmarks/NOTES.md)."""
 
 FARTHEST = 1e6
 """eta' where nothing else bounds it: far beyond what any regression can fit."""

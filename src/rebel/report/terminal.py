@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 
-from rebel.report.words import count, duration, finite, number, share
+from rebel.report.words import count, duration, finite, fixed, number, share
 
 Advance = Callable[..., None]
 """advance(n=1, tokens=..., **info): n more of the phase are done; tokens add up to a speed, the rest is shown."""
@@ -36,7 +36,7 @@ COLUMNS = (
     Column("±", 7, "reward_std", "eval/reward_stderr"),
     Column("KL init", 9, "kl_initial", "eval/kl_initial"),
     Column("KL iter", 8, "kl_iteration"),
-    Column("R² held", 8, "r2_held_out"),
+    Column("R² held", 8, "r2_held_out", show=fixed),
     Column("length", 8, "length", "eval/length"),
     Column("no EOS", 7, "unfinished", "eval/unfinished", share),
     Column("tok/s", 8, "tokens_per_second_sampling", show=count, optional=True),

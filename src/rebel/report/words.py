@@ -26,6 +26,11 @@ def number(value: float | None) -> str:
     return f"{value:,.{0 if size >= 100 else 1 if size >= 10 else 2 if size >= 1 else 3}f}"
 
 
+def fixed(value: float | None) -> str:
+    """Three decimals, for numbers that are near zero most of the time."""
+    return "–" if value is None else f"{value:.3f}"
+
+
 def count(value: float | None) -> str:
     """A whole number, its thousands apart."""
     return "–" if value is None else f"{value:,.0f}"

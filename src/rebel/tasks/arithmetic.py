@@ -115,6 +115,7 @@ def settings(folder: Path, seed: int) -> RebelConfig:
         learning_rate=5e-5,
         average=0.3,
         eval_temperature=0.0,
+        track_kl=True,
         logging_steps=10**9,
         eval_steps=80,
         save_strategy="no",
