@@ -32,7 +32,7 @@ from rebel.policies.causal_lm import causal_lm
 from rebel.record import FREE, checkpoint_to_resume, claim_folder, due
 from rebel.report import read_rows
 from rebel.samplers.generate import Generate
-from rebel.stepsize import AutoEta
+from rebel.stepsize import REACH, AutoEta
 
 EVERYTHING: dict[str, Any] = {
     "eta": "auto",
@@ -491,7 +491,8 @@ def test_completions_cut_off_leave_their_groups(tmp_path: Path) -> None:
 def test_eta_auto_is_in_units_of_the_rewards_spread_and_keeps_a_stated_kl(tmp_path: Path) -> None:
     rule = AutoEta(beta=0.0, kl=0.5)
     assert rule.step(4.0) == pytest.approx(rule.step(1.0) / 2)
-    assert AutoEta(beta=2.0).step(1e-6) == pytest.approx(1 / 2.0)
+    assert AutoEta(beta=2.0).step(4.0) == pytest.approx(1 / (2.0 / REACH + 2.0))
+    assert AutoEta(beta=2.0).step(0.0) == pytest.approx(1 / 2.0)
     assert (rule.goal(1.0), rule.goal(0.0), AutoEta(beta=0.0).goal(1.0)) == (0.5, None, None)
     moved = {}
     for goal in (0.02, 0.2):

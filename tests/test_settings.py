@@ -250,6 +250,7 @@ def test_what_is_allowed(values: dict[str, Any]):
         ({"beta": "nan"}, "--beta nan"),
         ({"kl": "shaped", "eta": 4, "beta": 0.5}, "--kl shaped with --eta 4 and --beta 0.5 does not converge"),
         ({"kl": "shaped", "eta": "inf", "beta": 0.5}, "does not converge"),
+        ({"kl": "shaped"}, "--kl shaped keeps the step at --eta, and --eta auto chooses it"),
         ({"kl_per_iteration": 0}, "--kl_per_iteration 0"),
         ({"temperature": 0}, "--temperature 0"),
         ({"temperature": "nan"}, "--temperature nan"),

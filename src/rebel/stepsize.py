@@ -14,7 +14,7 @@ memorise their completions and explain no others; aimed much farther, the residu
 gradient (benchmarks/NOTES.md)."""
 
 FARTHEST = 1e6
-"""eta' where nothing else bounds it: far beyond what any regression can fit."""
+"""eta where nothing else bounds it: far beyond what any regression can fit."""
 
 
 @runtime_checkable
@@ -56,7 +56,7 @@ class GivenEta:
 
 @dataclass(frozen=True, slots=True)
 class AutoEta:
-    """eta' in units of the reward's own spread: REACH / its standard deviation within groups, at most 1 / beta.
+    """eta in units of the reward's own spread: REACH / its standard deviation within groups; eta' = 1/(1/eta + beta).
 
     With a stated `kl` it also keeps KL(pi_{t+1} || pi_t), eta'^2 * variance / 2 for the exact minimiser to second
     order, at that many nats. An optimiser does not solve the regression, so the goal is met by scaling the way of
@@ -69,15 +69,11 @@ class AutoEta:
     kl: float | None = None
 
     def step(self, variance: float) -> float:
-        return min(REACH / math.sqrt(variance), self.longest) if variance > 0 else self.longest
+        eta = REACH / math.sqrt(variance) if variance > 0 else FARTHEST
+        return min(FARTHEST, step_size(eta, self.beta))
 
     def goal(self, variance: float) -> float | None:
         return self.kl if variance > 0 else None
-
-    @property
-    def longest(self) -> float:
-        """Beyond 1 / beta an iteration would pass its own fixed point."""
-        return 1 / self.beta if self.beta else FARTHEST
 
     @property
     def stretch(self) -> float:

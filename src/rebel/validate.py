@@ -107,6 +107,8 @@ def _ranges(config: RebelConfig) -> Complaints:
 def _eta(config: RebelConfig) -> Complaints:
     eta, beta = config.eta, config.beta
     if eta == "auto":
+        if config.kl == "shaped":
+            yield "--kl shaped keeps the step at --eta, and --eta auto chooses it: give --eta as a number"
         return
     if config.kl_per_iteration is not None:
         yield f"{_said(config, 'kl_per_iteration', 'eta')}: a stated KL chooses the step itself; use --eta auto"
