@@ -111,7 +111,7 @@ def test_files_that_will_not_do_are_named(tmp_path: Path) -> None:
         assert name in str(refused.value) and "\n" not in str(refused.value)
     with pytest.raises(RebelError, match="has no split 'test'; it has train, other"):
         load_prompts(str(as_splits(tmp_path)), "test", "prompt")
-    with pytest.raises(RebelError, match=r"--dataset_name .*nowhere.jsonl: could not read"):
+    with pytest.raises(RebelError, match=r"--dataset_name .*nowhere.jsonl: there is no such file"):
         load_prompts(str(tmp_path / "nowhere.jsonl"), "train", "prompt")
 
 

@@ -27,6 +27,8 @@ def load_prompts(name: str, split: str, column: str, config: str | None = None) 
 def load_rows(name: str, split: str, config: str | None = None) -> Dataset:
     """Rows of one split; errors say what was looked for."""
     path = Path(name)
+    if path.suffix in FORMATS and not path.exists():
+        raise RebelError(f"--dataset_name {name}: there is no such file")
     try:
         if path.is_file():
             return load_file(path)
