@@ -35,7 +35,7 @@ COLUMNS = (
     Column("reward", 8, "reward", "eval/reward"),
     Column("±", 7, "reward_std", "eval/reward_stderr"),
     Column("KL init", 9, "kl_initial", "eval/kl_initial"),
-    Column("KL iter", 8, "kl_iteration"),
+    Column("KL iter", 8, "kl_iteration", show=fixed),
     Column("R² held", 8, "r2_held_out", show=fixed),
     Column("length", 8, "length", "eval/length"),
     Column("no EOS", 7, "unfinished", "eval/unfinished", share),
