@@ -164,4 +164,25 @@ class Reward(Protocol[Trace]):
     def __call__(self, rollouts: Sequence[Rollout[Trace]]) -> list[Scored[Trace]]: ...
 
 
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """Two completions of a prompt, as a reward reads them, in the order in which a judge is to see them."""
+
+    prompt: Prompt
+    first: Any
+    second: Any
+
+
+@runtime_checkable
+class Judge(Protocol):
+    """P(first > second | x) of each comparison, from 0 to 1 with 0.5 for a tie; None where it has no answer.
+
+    Nothing requires that the preferences are transitive, or that they come from a reward.
+    """
+
+    name: str
+
+    def __call__(self, comparisons: Sequence[Comparison]) -> list[float | None]: ...
+
+
 Keep = Bool[Tensor, " G"]
