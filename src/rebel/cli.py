@@ -6,6 +6,7 @@ import argparse
 import os
 import re
 import sys
+import textwrap
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from itertools import groupby, zip_longest
@@ -16,6 +17,7 @@ from rebel.convert import NO, NOTHING, YES, shown
 from rebel.errors import RebelError, RunStopped
 from rebel.from_trl import translate_batch
 from rebel.settings import Setting, known, read_yaml, resolve, unknown
+from rebel.stages.settings import REWARD_MODEL, SFT, Stage, help_of, read_words
 from rebel.validate import validate
 
 EXAMPLES = """\
@@ -66,8 +68,11 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("-V", "--version", action="store_true", help="show the version and exit")
     parser.set_defaults(command=partial(_alone, parser), options=("help", "version"))
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
-    for add in (_add_train, _add_quickstart, _add_sample, _add_report, _add_doctor):
+    for add in (_add_train, _add_stages, _add_quickstart, _add_sample, _add_report, _add_doctor):
         add(commands)
+    if argv and argv[0] in (SFT.name, REWARD_MODEL.name):  # whose flags are TRL's, and known once TRL is loaded
+        arguments, arguments.words = parser.parse_known_args(argv)
+        return arguments
     arguments, rest = parser.parse_known_args(list(spelled(argv)))
     if rest:
         raise RebelError(_unexpected(rest, arguments.options))
@@ -156,6 +161,14 @@ def _command(commands: Any, name: str, command: Any, about: str, usage: str | No
     return parser
 
 
+def _add_stages(commands: Any) -> None:
+    for stage, brief in ((SFT, "train a model on written completions"), (REWARD_MODEL, "train a reward model on pairs")):
+        usage = f"rebel {stage.name} [config.yaml] [--SETTING VALUE ...]"
+        command = _command(commands, stage.name, partial(_stage, stage), brief, usage=usage)
+        command.description, command.epilog = textwrap.fill(stage.about, 110), help_of(stage)
+        command.formatter_class = argparse.RawDescriptionHelpFormatter
+
+
 def _add_quickstart(commands: Any) -> None:
     about = "see REBEL at work in a few minutes, without a download"
     quickstart = _command(commands, "quickstart", _quickstart, about)
@@ -194,6 +207,14 @@ def _train(arguments: argparse.Namespace) -> int:
     from rebel.job import run_training
 
     run_training(config, dry_run=arguments.dry_run)
+    return 0
+
+
+def _stage(stage: Stage, arguments: argparse.Namespace) -> int:
+    given = read_words(arguments.words)
+    from rebel.stages.trainers import run_stage
+
+    run_stage(stage, given)
     return 0
 
 
