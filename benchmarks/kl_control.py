@@ -48,7 +48,7 @@ def arithmetic_job(seed: int, iterations: int, folder: str) -> Job:
 def measured_kl(ready: Job, before: list[torch.Tensor], seed: int) -> float:
     """KL(pi_{t+1} || pi_t) in nats per completion: at every token of completions drawn from pi_{t+1}, the KL of the
     next token's whole distribution. Unbiased, and far less noisy than log-ratios of what was drawn."""
-    learner, source = ready.run.learner, ready.run.source
+    learner, source = ready.run.learner, ready.run.collector.source
     prompts = source.stream.take(seed_of(seed) % 100_000, FRESH_PROMPTS)
     traces = [trace for group in source.sampler(prompts, 1, seed) for trace in group.traces]
     now = [next_tokens(ready, traces[k : k + 64]) for k in range(0, len(traces), 64)]

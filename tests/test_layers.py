@@ -19,7 +19,7 @@ ORDER = """
     types errors
     pairing algorithm
     stepsize data evaluate report rewards policies samplers learner
-    measures way checkpoint collect fit
+    measures way checkpoint collect evaluators fit
     train
     convert config from_trl settings validate model_card plan trackers record
     build job
@@ -44,7 +44,8 @@ FOREIGN = {
     "way": set(),
     "fit": PURE,
     "train": set(),
-    "collect": {"accelerate"},
+    "collect": {"accelerate", "torch"},
+    "evaluators": set(),
     "learner": PURE | {"accelerate"},
     "checkpoint": {"torch", "numpy", "safetensors"},
     "data": {"torch", "datasets"},
@@ -128,7 +129,7 @@ def test_only_what_is_about_settings_sees_them() -> None:
 
 def test_the_loop_sees_protocols_and_no_model_sampler_or_reward() -> None:
     pure = {"rewards.groups"}  # arithmetic on scored groups
-    for name in ("algorithm", "learner", "measures", "way", "fit", "collect", "train"):
+    for name in ("algorithm", "learner", "measures", "way", "fit", "collect", "evaluators", "train"):
         seen = {i.removeprefix("rebel.") for i, _ in imports(files()[name]) if i.startswith("rebel.")}
         concrete = {i for i in seen - pure if part(i) in ("policies", "samplers", "rewards", "report", "trackers")}
         assert not concrete, f"{name} imports {concrete}"

@@ -31,10 +31,11 @@ from transformers import (
     get_scheduler,
 )
 
-from rebel.collect import Source
+from rebel.collect import Online, Source
 from rebel.config import RebelConfig
 from rebel.data import PromptStream, load_prompts, that_fit
 from rebel.errors import RebelError
+from rebel.evaluators import ByReward
 from rebel.fit import Regression
 from rebel.learner import Learner, learner
 from rebel.model_card import model_card
@@ -267,13 +268,10 @@ def build_run(
     )
     return Run(
         learner=learner,
-        source=source,
+        collector=Online(source, config.prompts_per_iteration, config.replace_flat_groups),
         regression=regression,
         reference=reference,
-        evaluation=evaluation if prompts[1] else None,
-        evaluation_prompts=prompts[1],
-        prompts=config.prompts_per_iteration,
-        replace_flat=config.replace_flat_groups,
+        evaluator=ByReward(evaluation, prompts[1]) if prompts[1] else None,
         max_failed=config.max_failed_rewards,
         seed=config.seed,
         hooks=hooks,

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Generic, Protocol, TypeVar, runtime_checkable
 
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 Trace = TypeVar("Trace")
@@ -183,6 +183,3 @@ class Judge(Protocol):
     name: str
 
     def __call__(self, comparisons: Sequence[Comparison]) -> list[float | None]: ...
-
-
-Keep = Bool[Tensor, " G"]
