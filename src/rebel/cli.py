@@ -8,6 +8,7 @@ import re
 import sys
 import textwrap
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import groupby, zip_longest
 from pathlib import Path
@@ -68,7 +69,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("-V", "--version", action="store_true", help="show the version and exit")
     parser.set_defaults(command=partial(_alone, parser), options=("help", "version"))
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
-    for add in (_add_train, _add_stages, _add_quickstart, _add_sample, _add_report, _add_doctor):
+    for add in (_add_train, _add_stages, _add_quickstart, _add_sample, _add_evaluate, _add_report, _add_doctor):
         add(commands)
     if argv and argv[0] in (SFT.name, REWARD_MODEL.name):  # whose flags are TRL's, and known once TRL is loaded
         arguments, arguments.words = parser.parse_known_args(argv)
@@ -188,6 +189,34 @@ def _add_sample(commands: Any) -> None:
     sample.set_defaults(options=("prompt", "n", "temperature", "max_new_tokens"))
 
 
+EVALUATION = (
+    ["dataset_name", "dataset_config", "dataset_train_split", "dataset_test_split", "prompt_column", "eval_prompts"]
+    + ["max_prompt_length", "max_completion_length", "eval_temperature", "reward_funcs", "chat_template_kwargs"]
+    + ["trust_remote_code", "sampling_batch", "use_cpu", "seed"]
+)
+"""Settings of a run that `rebel evaluate` may change."""
+
+
+def _add_evaluate(commands: Any) -> None:
+    about = "how often a judge prefers a policy's completions to another's"
+    evaluate = _command(commands, "evaluate", _evaluate, about, usage="rebel evaluate RUN [--against BASE] --judge JUDGE ...")
+    evaluate.formatter_class = _wide
+    evaluate.add_argument("run", help="folder of a run or of a checkpoint, or a model")
+    evaluate.add_argument("--against", metavar="BASE", help="a run, a model, or `references`: written completions in the "
+                          "data (default: the model that the run began with)")
+    evaluate.add_argument("--judge", required=True, help="file.py:function of (prompts, first, second, **columns) -> "
+                          "P(first is better), or reward:REWARD, of which the higher wins")
+    evaluate.add_argument("--reference_column", default="reference", help="column of `references` (default: reference)")
+    evaluate.add_argument("--completions", type=int, default=1, help="completions of each prompt (default: 1)")
+    evaluate.add_argument("--examples", type=int, default=4, help="pairs to show (default: 4)")
+    evaluate.add_argument("--output_dir", help="folder of the result (default: the run's)")
+    group = evaluate.add_argument_group("settings of the run, over those it was trained with")
+    for name in EVALUATION:
+        _add_setting(group, known()[name])
+    own = ("against", "judge", "reference_column", "completions", "examples", "output_dir")
+    evaluate.set_defaults(options=(*own, *EVALUATION))
+
+
 def _add_report(commands: Any) -> None:
     report = _command(commands, "report", _report, "write report.html of a run, also of one that still runs")
     report.add_argument("run", help="folder of the run")
@@ -238,6 +267,19 @@ def _sample(arguments: argparse.Namespace) -> int:
     drawn = sample(run, prompts, arguments.n, arguments.temperature, arguments.max_new_tokens)
     for prompt, completions in zip(prompts, drawn, strict=True):
         print(f"\n{prompt}", *(f"\n[{k}] {text}" for k, text in enumerate(completions, 1)), sep="\n")
+    return 0
+
+
+def _evaluate(arguments: argparse.Namespace) -> int:
+    given = {name: value for name, value in vars(arguments).items() if name in EVALUATION}
+    for name, least in (("completions", 1), ("examples", 0)):
+        if getattr(arguments, name) < least:
+            raise RebelError(f"--{name} {getattr(arguments, name)}: use {least} or more")
+    validate(replace(resolve(given), iterations=1), inputs=False)
+    from rebel.versus import Request, compare
+
+    asked = ("run", "against", "judge", "reference_column", "completions", "examples", "output_dir")
+    compare(Request(**{name: getattr(arguments, name) for name in asked}), given)
     return 0
 
 

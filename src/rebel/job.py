@@ -17,7 +17,7 @@ from rebel.checkpoint import Progress, all_checkpoints, load
 from rebel.config import RebelConfig
 from rebel.errors import RebelError, RunStopped
 from rebel.evaluate import text as text_of
-from rebel.policies.causal_lm import causal_lm
+from rebel.policies.causal_lm import CausalLM, causal_lm
 from rebel.record import (
     BEST,
     FAILED,
@@ -144,14 +144,19 @@ def sample(
     """`rebel sample`: completions of the prompts by the tuned model of a run."""
     quiet()
     config = resolve(read_yaml(run_dir / SETTINGS)) if (run_dir / SETTINGS).exists() else RebelConfig()
-    adapter = (run_dir / "adapter_config.json").exists()
-    kind = AutoPeftModelForCausalLM if adapter else AutoModelForCausalLM
-    model = loaded(str(run_dir), "model", partial(kind.from_pretrained, run_dir))
-    tokenizer = loaded(str(run_dir), "tokenizer", partial(AutoTokenizer.from_pretrained, run_dir))
-    policy = causal_lm(model.eval(), tokenizer, chat_template_kwargs=config.chat_template_kwargs)
-    asked = [
-        Prompt(text if tokenizer.chat_template is None else [{"role": "user", "content": text}]) for text in prompts
-    ]
+    policy = load_policy(str(run_dir), config)
+    chat = policy.tokenizer.chat_template is not None
+    asked = [Prompt([{"role": "user", "content": text}] if chat else text) for text in prompts]
     heat = config.temperature if temperature is None else temperature
     draw = Generate(policy, max_new_tokens or config.max_completion_length, heat)
     return [[text_of(c.content) for c in rollout.completions] for rollout in draw(asked, n, config.seed)]
+
+
+def load_policy(name: str, config: RebelConfig) -> CausalLM:
+    """The policy of a finished run, of a checkpoint, or of any model: a folder or a name, an adapter or a whole model."""
+    adapter = (Path(name) / "adapter_config.json").exists()
+    kind = AutoPeftModelForCausalLM if adapter else AutoModelForCausalLM
+    remote = {"trust_remote_code": config.trust_remote_code}
+    model = loaded(name, "model", partial(kind.from_pretrained, name, **remote))
+    tokenizer = loaded(name, "tokenizer", partial(AutoTokenizer.from_pretrained, name, **remote))
+    return causal_lm(model.eval(), tokenizer, chat_template_kwargs=config.chat_template_kwargs)
