@@ -104,7 +104,9 @@ def test_a_reward_model_reads_texts_as_it_was_trained_to(chat: bool, adapter: bo
             ids = reward.ids(Prompt(row["prompt"]), Completion(row[name], None))
             assert ids == trained[f"{name}_ids"]
             assert chat or ids[-1] == tiny.EOS
-    rollout = Rollout(Prompt(rows[0]["prompt"]), (Completion(rows[0]["chosen"], None), Completion(rows[0]["rejected"], None)))
+    rollout = Rollout(
+        Prompt(rows[0]["prompt"]), (Completion(rows[0]["chosen"], None), Completion(rows[0]["rejected"], None))
+    )
     (scored,) = reward([rollout])
     assert scored.rewards is not None and scored.rewards.isfinite().all()
     assert scored.rewards[0] != scored.rewards[1]
@@ -116,7 +118,9 @@ def test_a_reward_model_learns_which_side_is_better(tmp_path: Path) -> None:
     for k in range(40):
         even, odd = f" w{2 * (k % 10)} w4", f" w{2 * (k % 10) + 1} w5"
         a_wins = k % 2 == 0
-        rows.append({"prompt": f"w{k % 7}", "a": even if a_wins else odd, "b": odd if a_wins else even, "votes": float(a_wins)})
+        rows.append(
+            {"prompt": f"w{k % 7}", "a": even if a_wins else odd, "b": odd if a_wins else even, "votes": float(a_wins)}
+        )
     words = ["--model_name_or_path", str(lm(tmp_path / "model")), "--output_dir", str(tmp_path / "out")]
     words += ["--dataset_name", str(words_file(tmp_path / "v.jsonl", rows)), "--pair_columns", "a", "b"]
     words += ["--preference_column", "votes", *FAST, "--max_steps", "60", "--learning_rate", "1e-2"]
@@ -338,11 +342,18 @@ def test_the_three_files_run_after_one_another(
         lines = path.read_text().splitlines(keepends=True)[:80]
         Path(f"{name}.jsonl").write_text("".join(lines))
     files = ROOT / "examples" / "pipeline"
+    small = "--iterations 1 --eval_prompts 4 --prompts_per_iteration 4 --num_generations 4 --steps_per_iteration 2"
     steps = [
-        ["sft", files / "sft.yaml", "--model_name_or_path", stories, "--dataset_name", "sft.jsonl", "--max_steps", 3],
-        ["reward-model", files / "reward_model.yaml", "--dataset_name", "pairs.jsonl", "--max_steps", 3, "--eval_rows", 8],
-        ["train", files / "rebel.yaml", "--dataset_name", "prompts.jsonl", "--iterations", 1, "--eval_prompts", 4]
-        + ["--prompts_per_iteration", 4, "--num_generations", 4, "--steps_per_iteration", 2],
+        ["sft", files / "sft.yaml", "--model_name_or_path", stories, "--dataset_name", "sft.jsonl", "--max_steps=3"],
+        [
+            "reward-model",
+            files / "reward_model.yaml",
+            "--dataset_name",
+            "pairs.jsonl",
+            "--max_steps=3",
+            "--eval_rows=8",
+        ],
+        ["train", files / "rebel.yaml", "--dataset_name", "prompts.jsonl", *small.split()],
     ]
     for step in steps:
         assert main([str(word) for word in [*step, *few]]) == 0, capsys.readouterr().err

@@ -107,7 +107,7 @@ def test_lengths_of_both_sides() -> None:
 def test_what_is_refused() -> None:
     with pytest.raises(RebelError, match="none of the 2 pairs"):
         win_rate([Verdict(0, None, 1.0), Verdict(1, 0.5, None)])
-    with pytest.raises(RebelError, match="returned 1.5"):
+    with pytest.raises(RebelError, match=r"returned 1\.5"):
         checked([0.5, 1.5], 2, "j")
     with pytest.raises(RebelError, match="returned nan"):
         checked([math.nan], 1, "j")

@@ -113,3 +113,10 @@ def references(prompts: Sequence[Prompt], column: str) -> Contents:
         chat = not isinstance(prompt.content, str)
         found.append([[{"role": "assistant", "content": written}] if chat and isinstance(written, str) else written])
     return found
+
+
+def words(content: Any) -> str:
+    """The text that was written, without the names of roles."""
+    if isinstance(content, list) and all(isinstance(message, dict) for message in content):
+        return "\n".join(str(message.get("content")) for message in content)
+    return text(content)

@@ -163,7 +163,10 @@ def _command(commands: Any, name: str, command: Any, about: str, usage: str | No
 
 
 def _add_stages(commands: Any) -> None:
-    for stage, brief in ((SFT, "train a model on written completions"), (REWARD_MODEL, "train a reward model on pairs")):
+    for stage, brief in (
+        (SFT, "train a model on written completions"),
+        (REWARD_MODEL, "train a reward model on pairs"),
+    ):
         usage = f"rebel {stage.name} [config.yaml] [--SETTING VALUE ...]"
         command = _command(commands, stage.name, partial(_stage, stage), brief, usage=usage)
         command.description, command.epilog = textwrap.fill(stage.about, 110), help_of(stage)
@@ -189,32 +192,48 @@ def _add_sample(commands: Any) -> None:
     sample.set_defaults(options=("prompt", "n", "temperature", "max_new_tokens"))
 
 
+EVALUATE = {
+    "against": "a run, a model, or `references`: written completions in the data (default: what the run began with)",
+    "judge": "file.py:function of (prompts, first, second, **columns) -> P(first is better), or reward:REWARD",
+    "reference_column": "column of `references` (default: reference)",
+    "completions": "completions of each prompt (default: 1)",
+    "examples": "pairs to show (default: 4)",
+    "output_dir": "folder of the result (default: the run's)",
+}
+LEAST = {"completions": 1, "examples": 0}
 EVALUATION = (
-    ["dataset_name", "dataset_config", "dataset_train_split", "dataset_test_split", "prompt_column", "eval_prompts"]
-    + ["max_prompt_length", "max_completion_length", "eval_temperature", "reward_funcs", "chat_template_kwargs"]
-    + ["trust_remote_code", "sampling_batch", "use_cpu", "seed"]
+    "dataset_name",
+    "dataset_config",
+    "dataset_train_split",
+    "dataset_test_split",
+    "prompt_column",
+    "eval_prompts",
+    "max_prompt_length",
+    "max_completion_length",
+    "eval_temperature",
+    "reward_funcs",
+    "chat_template_kwargs",
+    "trust_remote_code",
+    "sampling_batch",
+    "use_cpu",
+    "seed",
 )
 """Settings of a run that `rebel evaluate` may change."""
 
 
 def _add_evaluate(commands: Any) -> None:
     about = "how often a judge prefers a policy's completions to another's"
-    evaluate = _command(commands, "evaluate", _evaluate, about, usage="rebel evaluate RUN [--against BASE] --judge JUDGE ...")
+    usage = "rebel evaluate RUN [--against BASE] --judge JUDGE [--SETTING VALUE ...]"
+    evaluate = _command(commands, "evaluate", _evaluate, about, usage=usage)
     evaluate.formatter_class = _wide
     evaluate.add_argument("run", help="folder of a run or of a checkpoint, or a model")
-    evaluate.add_argument("--against", metavar="BASE", help="a run, a model, or `references`: written completions in the "
-                          "data (default: the model that the run began with)")
-    evaluate.add_argument("--judge", required=True, help="file.py:function of (prompts, first, second, **columns) -> "
-                          "P(first is better), or reward:REWARD, of which the higher wins")
-    evaluate.add_argument("--reference_column", default="reference", help="column of `references` (default: reference)")
-    evaluate.add_argument("--completions", type=int, default=1, help="completions of each prompt (default: 1)")
-    evaluate.add_argument("--examples", type=int, default=4, help="pairs to show (default: 4)")
-    evaluate.add_argument("--output_dir", help="folder of the result (default: the run's)")
+    for name, text in EVALUATE.items():
+        more: Any = {"type": int, "metavar": "INT"} if name in LEAST else {"metavar": "TEXT"}
+        evaluate.add_argument(f"--{name}", help=text, required=name == "judge", default=argparse.SUPPRESS, **more)
     group = evaluate.add_argument_group("settings of the run, over those it was trained with")
     for name in EVALUATION:
         _add_setting(group, known()[name])
-    own = ("against", "judge", "reference_column", "completions", "examples", "output_dir")
-    evaluate.set_defaults(options=(*own, *EVALUATION))
+    evaluate.set_defaults(options=(*EVALUATE, *EVALUATION))
 
 
 def _add_report(commands: Any) -> None:
@@ -271,15 +290,15 @@ def _sample(arguments: argparse.Namespace) -> int:
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
+    asked = {name: value for name, value in vars(arguments).items() if name in EVALUATE}
     given = {name: value for name, value in vars(arguments).items() if name in EVALUATION}
-    for name, least in (("completions", 1), ("examples", 0)):
-        if getattr(arguments, name) < least:
-            raise RebelError(f"--{name} {getattr(arguments, name)}: use {least} or more")
+    for name, least in LEAST.items():
+        if asked.get(name, least) < least:
+            raise RebelError(f"--{name} {asked[name]}: use {least} or more")
     validate(replace(resolve(given), iterations=1), inputs=False)
     from rebel.versus import Request, compare
 
-    asked = ("run", "against", "judge", "reference_column", "completions", "examples", "output_dir")
-    compare(Request(**{name: getattr(arguments, name) for name in asked}), given)
+    compare(Request(run=arguments.run, **asked), given)
     return 0
 
 

@@ -9,15 +9,13 @@ from pathlib import Path
 
 import datasets
 import transformers
-from peft import AutoPeftModelForCausalLM
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from rebel.build import Job, build_job, build_model, build_prompts, build_reward, build_tokenizer, loaded
+from rebel.build import Job, build_job, build_model, build_prompts, build_reward, build_tokenizer
 from rebel.checkpoint import Progress, all_checkpoints, load
 from rebel.config import RebelConfig
 from rebel.errors import RebelError, RunStopped
 from rebel.evaluate import text as text_of
-from rebel.policies.causal_lm import CausalLM, causal_lm
+from rebel.loading import load_policy
 from rebel.record import (
     BEST,
     FAILED,
@@ -144,19 +142,9 @@ def sample(
     """`rebel sample`: completions of the prompts by the tuned model of a run."""
     quiet()
     config = resolve(read_yaml(run_dir / SETTINGS)) if (run_dir / SETTINGS).exists() else RebelConfig()
-    policy = load_policy(str(run_dir), config)
+    policy = load_policy(str(run_dir), config.chat_template_kwargs)
     chat = policy.tokenizer.chat_template is not None
     asked = [Prompt([{"role": "user", "content": text}] if chat else text) for text in prompts]
     heat = config.temperature if temperature is None else temperature
     draw = Generate(policy, max_new_tokens or config.max_completion_length, heat)
     return [[text_of(c.content) for c in rollout.completions] for rollout in draw(asked, n, config.seed)]
-
-
-def load_policy(name: str, config: RebelConfig) -> CausalLM:
-    """The policy of a finished run, of a checkpoint, or of any model: a folder or a name, an adapter or a whole model."""
-    adapter = (Path(name) / "adapter_config.json").exists()
-    kind = AutoPeftModelForCausalLM if adapter else AutoModelForCausalLM
-    remote = {"trust_remote_code": config.trust_remote_code}
-    model = loaded(name, "model", partial(kind.from_pretrained, name, **remote))
-    tokenizer = loaded(name, "tokenizer", partial(AutoTokenizer.from_pretrained, name, **remote))
-    return causal_lm(model.eval(), tokenizer, chat_template_kwargs=config.chat_template_kwargs)

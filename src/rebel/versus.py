@@ -3,29 +3,32 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from rebel.against import Contents, duel, paired, references
-from rebel.build import build_prompts, build_reward, fitting, memory_of_average
+from rebel.build import build_accelerator, build_prompts, build_reward, fitting, memory_of_average
 from rebel.checkpoint import PREFIX
 from rebel.collect import Source, draw
 from rebel.config import RebelConfig
 from rebel.data import PromptStream, load_prompts, seed_of
 from rebel.errors import RebelError
-from rebel.evaluate import reward_metrics, text
-from rebel.job import load_policy, quiet
+from rebel.evaluate import reward_metrics
+from rebel.job import quiet
+from rebel.judging import tokens_in
+from rebel.loading import load_policy
 from rebel.policies.causal_lm import CausalLM
 from rebel.record import BEST, SETTINGS
 from rebel.report.rows import plain
 from rebel.report.versus import show, write_page
-from rebel.rewards.contest import load_contest
+from rebel.rewards.contest import check_judge, load_contest
 from rebel.rewards.functions import Notes
 from rebel.samplers.generate import Generate
 from rebel.settings import read_yaml, resolve
-from rebel.types import Completion, Judge, Prompt, Rollout
+from rebel.types import Completion, Prompt, Rollout
 
 REFERENCES = "references"
 RESULT, PAGE = "evaluation.json", "evaluation.html"
@@ -37,8 +40,8 @@ class Request:
     """What `rebel evaluate` is asked for, beyond settings of a run."""
 
     run: str
-    against: str | None
     judge: str
+    against: str | None = None
     reference_column: str = "reference"
     completions: int = 1
     examples: int = 4
@@ -64,7 +67,7 @@ def compare(request: Request, given: Mapping[str, Any]) -> dict[str, Any]:
     judge = load_contest(request.judge, Notes(), **({"device": "cpu"} if config.use_cpu else {}))
     folder = folder_of(request)
     prompts = prompts_of_run(request, config, given)
-    check(judge, prompts)
+    check_judge(judge, prompts)
     ours = side(request.run, config)
     theirs = opponent(request, config)
     prompts, dropped = that_fit_both(prompts, [ours, *([theirs] if theirs else [])], config)
@@ -74,7 +77,7 @@ def compare(request: Request, given: Mapping[str, Any]) -> dict[str, Any]:
     else:
         drawn = completions_of(theirs, prompts, request.completions, config)
         others = [[completion.content for completion in rollout.completions] for rollout in drawn]
-    found = duel(judge, paired(rollouts, others), tokens_in(ours.policy), seed_of(config.seed))
+    found = duel(judge, paired(rollouts, others), partial(tokens_in, ours.policy), seed_of(config.seed))
     result = {
         "ours": str(ours),
         "theirs": str(theirs) if theirs else f"the column {request.reference_column} of the data",
@@ -143,7 +146,7 @@ def opponent(request: Request, config: RebelConfig) -> Side | None:
     """The other side; None for references. Without --against it is the model that the run began with."""
     name = request.against or config.model_name_or_path
     if name is None:
-        raise RebelError(f"{request.run} does not say which model it began with: give --against a model, or {REFERENCES}")
+        raise RebelError(f"{request.run} does not say which model it began with: give --against")
     if name == REFERENCES:
         return None
     file = settings_file(name)
@@ -157,7 +160,9 @@ def side(name: str, config: RebelConfig) -> Side:
         found = sorted(folder.glob(f"{PREFIX}*"), key=lambda path: path.stat().st_mtime)
         hint = f"; give {found[-1]} for its latest checkpoint" if found else ""
         raise RebelError(f"{name} has no model in it{' (yet)' if (folder / SETTINGS).exists() else ''}{hint}")
-    return Side(name, which_policy(name), load_policy(name, config))
+    accelerator = build_accelerator(config)
+    policy = load_policy(name, config.chat_template_kwargs, accelerator.device, config.trust_remote_code)
+    return Side(name, which_policy(name), policy)
 
 
 def which_policy(name: str) -> str:
@@ -201,18 +206,6 @@ def unscored(rollouts: Sequence[Rollout]) -> list[Any]:
     raise AssertionError("these completions are judged, not scored")
 
 
-def tokens_in(policy: CausalLM) -> Callable[[Any], int]:
-    """Lengths of both sides in the same tokens: those of our policy."""
-    return lambda content: len(policy.tokenizer(text_of(content), add_special_tokens=False)["input_ids"])
-
-
-def text_of(content: Any) -> str:
-    """The text that was written, without the names of roles."""
-    if isinstance(content, list) and all(isinstance(message, dict) for message in content):
-        return "\n".join(str(message.get("content")) for message in content)
-    return text(content)
-
-
 def rewards_of(
     config: RebelConfig, given: Mapping[str, Any], ours: Sequence[Rollout], theirs: Contents
 ) -> dict[str, tuple[float, float]]:
@@ -225,12 +218,6 @@ def rewards_of(
         for rollout, contents in zip(ours, theirs, strict=True)
     ]
     means = [reward_metrics(reward(side)) for side in (ours, others)]
-    names = [name for name in means[0] if name == "eval/reward" or name.startswith("eval/rewards/")]
+    parts = [name for name in means[0] if name.startswith("eval/rewards/")]
+    names = [*parts, "eval/reward"] if len(parts) > 1 else parts
     return {name.removeprefix("eval/").removeprefix("rewards/"): (means[0][name], means[1][name]) for name in names}
-
-
-def check(judge: Judge, prompts: Sequence[Prompt]) -> None:
-    """Raises RebelError where the judge cannot compare completions of these prompts."""
-    look: Any = getattr(judge, "check", None)
-    if look is not None:
-        look(prompts)

@@ -70,11 +70,13 @@ def outcome(p: float) -> int:
 def checked(values: Sequence[float | None], count: int, name: str) -> list[float | None]:
     """What a judge returned, or an error in its name: as many values as comparisons, each None or from 0 to 1."""
     if len(values) != count:
-        raise RebelError(f"the judge {name} returned {len(values)} values for {count} comparisons; one each is expected")
+        raise RebelError(
+            f"the judge {name} returned {len(values)} values for {count} comparisons; one each is expected"
+        )
     for value in values:
         if value is not None and not 0 <= value <= 1:
             raise RebelError(
-                f"the judge {name} returned {value:g}; P(first is better) is expected: from 0 to 1, 0.5 for a tie, or None"
+                f"the judge {name} returned {value:g}; P(first is better) is a number from 0 to 1, or None"
             )
     return list(values)
 

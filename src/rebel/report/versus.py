@@ -76,7 +76,7 @@ def lines_of(result: Result) -> list[str]:
     ]
     if result["lengths_differ"]:
         said.append(
-            f"         lengths differ much; at equal length the win rate would be about {percent(length['controlled'])} "
+            f"         lengths differ much; at equal length the win rate is about {percent(length['controlled'])} "
             "(logistic regression on the difference)"
         )
     if result["unanswered"]:

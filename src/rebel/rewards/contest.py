@@ -59,3 +59,10 @@ def load_contest(spec: str, notes: Notes | None = None, **model_settings: Any) -
     if not hasattr(found, "fn"):
         raise RebelError(f"--judge {spec} is a reward model; give {REWARD}{spec}")
     return PairFunction(found.fn, found.name)
+
+
+def check_judge(judge: Judge | None, prompts: Sequence[Prompt]) -> None:
+    """Raises RebelError where the judge cannot compare completions of these prompts."""
+    look: Any = getattr(judge, "check", None)
+    if look is not None:
+        look(prompts)

@@ -151,7 +151,7 @@ def verdicts(rows: Dataset, data: PreferenceData) -> list[float]:
     if tie == 0 and min(numbers) >= 0:
         raise RebelError(
             f"--preference_column {column} is never below --preference_tie 0, as if the first were always better; "
-            "for a probability use --preference_tie 0.5. Where the first is always better, leave --preference_column out"
+            "for a probability use --preference_tie 0.5; if it is always better, leave --preference_column out"
         )
     return [number - tie for number in numbers]
 
@@ -167,8 +167,8 @@ def margin(row: dict[str, Any], data: StageData, number: int) -> float:
     value = number_in(row["margin"], "margin", data, number)
     if value < 0:
         raise RebelError(
-            f"--dataset_name {data.dataset_name}, row {number}: margin is {value:g}, and the chosen completion is to be "
-            "better by it. If its sign says which one is better, give --preference_column margin --preference_tie 0"
+            f"--dataset_name {data.dataset_name}, row {number}: margin is {value:g}, and the chosen completion is "
+            "to be better by it. If the sign says which is better, give --preference_column margin --preference_tie 0"
         )
     return value
 

@@ -34,9 +34,7 @@ def around(tokenizer: PreTrainedTokenizerFast, end: str) -> processors.TemplateP
     """The special tokens that the tokenizer puts around a text by now, with `end` right behind the text."""
     bare, whole = (tokenizer("Once", add_special_tokens=added)["input_ids"] for added in (False, True))
     start = next((k for k in range(len(whole)) if whole[k : k + len(bare)] == bare), 0)
-    before, after = (
-        tokenizer.convert_ids_to_tokens(ids) for ids in (whole[:start], whole[start + len(bare) :])
-    )
+    before, after = (tokenizer.convert_ids_to_tokens(ids) for ids in (whole[:start], whole[start + len(bare) :]))
     tokens = [*before, "$A", end, *after]
     numbers = {token: tokenizer.convert_tokens_to_ids(token) for token in tokens if token != "$A"}
     return processors.TemplateProcessing(single=tokens, special_tokens=list(numbers.items()))

@@ -36,14 +36,16 @@ class StageData:
 class SftData(StageData):
     """Prompts with completions, whole texts (column `text`), or chats (column `messages`)."""
 
-    completion_column: str = setting("Column with the completions; trained on alone, without the prompts.", "completion")
+    completion_column: str = setting(
+        "Column with the completions; trained on alone, without the prompts.", "completion"
+    )
 
 
 @dataclass(frozen=True)
 class PreferenceData(StageData):
     """Two completions of each prompt, and which of them is better."""
 
-    pair_columns: list[str] = setting(
+    pair_columns: list[str] = setting(  # noqa: RUF009
         "The columns of the better and of the worse completion; the first and the second with preference_column.",
         ["chosen", "rejected"],
     )
@@ -107,7 +109,12 @@ ESSENTIAL = {
 def help_of(stage: Stage) -> str:
     """The settings as text: ours, the essential ones of TRL, and where the others are."""
     own = {f.name: f.metadata["help"] for f in fields(stage.data)}
-    lines = ["data:", *_entries(own), "", f"model and training, all names of trl's {stage.config} and ModelConfig, such as:"]
+    lines = [
+        "data:",
+        *_entries(own),
+        "",
+        f"model and training, all names of trl's {stage.config} and ModelConfig, such as:",
+    ]
     return "\n".join([*lines, *_entries(ESSENTIAL)])
 
 

@@ -1,4 +1,4 @@
-"""`rebel sft` and `rebel reward-model`: TRL's trainers as they are, with the settings, data and folders of this package.
+"""`rebel sft` and `rebel reward-model`: TRL's trainers as they are, with this package's settings, data and folders.
 
 What is wrong with the settings or the data is said before a model is loaded. TRL's ping to its makers is not sent.
 """
@@ -34,9 +34,9 @@ from trl import (
     get_quantization_config,
 )
 
-from rebel.build import loaded
 from rebel.errors import RebelError
 from rebel.job import quiet
+from rebel.loading import loaded
 from rebel.stages.data import Rows, load_stage
 from rebel.stages.ending import end_texts
 from rebel.stages.settings import REWARD_MODEL, SFT, Stage, StageData
@@ -152,7 +152,7 @@ def check(settings: Settings) -> None:
         complaints.append("--eval_strategy without rows to evaluate on: give --dataset_test_split or --eval_rows")
     quantized = settings.model.load_in_4bit or settings.model.load_in_8bit
     if quantized and settings.stage is REWARD_MODEL:
-        complaints.append("--load_in_4bit and --load_in_8bit leave an adapter that no --reward_funcs loads; leave them out")
+        complaints.append("--load_in_4bit and --load_in_8bit leave an adapter, which no --reward_funcs loads")
     if quantized and not settings.model.use_peft:
         complaints.append("quantized weights cannot be trained themselves; add --use_peft")
     if complaints:
@@ -182,14 +182,14 @@ def check_folder(settings: Settings) -> None:
     if resume or not leftovers(folder):
         return
     if not settings.data.overwrite_output_dir:
-        raise RebelError(f"--output_dir {folder} holds another run; replace it by --overwrite_output_dir, or name another")
+        raise RebelError(f"--output_dir {folder} holds another run: add --overwrite_output_dir, or name another")
     if not (folder / settings.stage.record).exists():
         raise RebelError(f"--output_dir {folder} was not made by rebel {settings.stage.name}; name another folder")
 
 
 def claim(settings: Settings) -> None:
     """Make the folder ready, and note the settings in it."""
-    if not settings.training.process_index == 0:
+    if settings.training.process_index != 0:
         return
     folder = settings.folder
     if not settings.training.resume_from_checkpoint:
@@ -279,7 +279,9 @@ def check_lengths(settings: Settings, trainer: Any, rows: Rows) -> None:
         if not len(left):
             raise RebelError(f"every one of the {dropped} pairs is longer than --max_length {longest} tokens; raise it")
         if dropped:
-            print(f"        {dropped:,} of {len(rows.train):,} pairs left out: longer than --max_length {longest} tokens")
+            print(
+                f"        {dropped:,} of {len(rows.train):,} pairs left out: longer than --max_length {longest} tokens"
+            )
     elif not settings.training.packing and isinstance(left, Dataset):
         cut = sum(len(ids) >= longest for ids in left["input_ids"])
         if cut:
