@@ -31,6 +31,9 @@ def longer(prompts, first, second, **columns):
     sizes = [(len(a.split()), len(b.split())) for a, b in zip(first, second, strict=True)]
     return [0.5 + 0.5 * ((a > b) - (a < b)) for a, b in sizes]
 
+def broken(prompts, first, second, **columns):
+    return 1 / 0
+
 def first_place(prompts, first, second, **columns):
     return [0.9] * len(first)
 
@@ -256,6 +259,13 @@ def test_what_is_wrong_is_one_error(
     assert said in err and "Traceback" not in err
 
 
+def test_a_judge_that_raises_ends_it_in_one_line(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["evaluate", folder / "run", "--judge", f"{folder / 'judges.py'}:broken", "--against", folder / "other"]
+    assert main([*map(str, words), "--use_cpu"]) == 1
+    said = capsys.readouterr().err
+    assert "the judge broken raised ZeroDivisionError" in said and "Traceback" not in said
+
+
 def test_the_page_escapes_and_runs_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     evil = "<script>alert(1)</script>\u202e[bold red]"
     found = duel(Recorded(), paired([rollout(evil, evil)], [["b"]]), len, seed=0)
@@ -277,7 +287,7 @@ def test_a_run_reports_its_win_rate_against_where_it_began(folder: Path) -> None
     assert (first["eval/win_rate"], first["eval/win_ties"], first["eval/swap_consistency"]) == (0.5, 1.0, 1.0)
     assert last["eval/win_rate"] >= 0.5 and last["eval/win_ties"] < 1
     assert last["eval/win_rate_low"] <= last["eval/win_rate"] <= last["eval/win_rate_high"]
-    kept = [json.loads(line) for line in (folder / "run" / "opponents.jsonl").read_text().splitlines()]
+    kept = [json.loads(line) for line in (folder / "run" / "eval_opponents.jsonl").read_text().splitlines()]
     assert [row["prompt"] for row in kept] == [f"w{k} w{k + 1}" for k in range(6)]
     assert "Win rate" in write_report(folder / "run").read_text()
 
@@ -286,7 +296,7 @@ def test_the_last_evaluation_of_a_run_is_that_of_rebel_evaluate_on_its_folder(fo
     """Two ways to the same number: the win rate of the run's end, and the saved model against the initial one."""
     rows = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
     ours = [row["completion"] for row in map(json.loads, (folder / "run" / "samples.jsonl").read_text().splitlines())]
-    theirs = [json.loads(line) for line in (folder / "run" / "opponents.jsonl").read_text().splitlines()]
+    theirs = [json.loads(line) for line in (folder / "run" / "eval_opponents.jsonl").read_text().splitlines()]
     scores = []
     for mine, other in zip(ours[-6:], theirs, strict=True):
         a, b = len(mine.split()), len(other["completions"][0].split())
@@ -309,7 +319,7 @@ def test_the_trainer_of_python_reports_win_rates_too(side: str, folder: Path, tm
     )
     before = trainer.evaluate()
     trainer.train()
-    assert ("eval/win_rate" in before) and (tmp_path / "run" / "opponents.jsonl").exists() == (side == "other")
+    assert ("eval/win_rate" in before) and (tmp_path / "run" / "eval_opponents.jsonl").exists() == (side == "other")
     logged = [row for row in trainer.state.log_history if "eval_win_rate" in row]
     assert len(logged) == 2 and logged[0]["eval_win_rate"] == before["eval/win_rate"]
 
@@ -332,7 +342,7 @@ def test_opponents_are_drawn_once_and_survive_a_resumed_run(tmp_path: Path) -> N
     assert again(new, ours, 4) == [["other 4"], ["other 4"]], "a new run does not take a former run's"
     elsewhere = DrawnOnce(draw, tmp_path / "o.jsonl", "another side")
     assert elsewhere(later, ours, 5) == [["other 5"], ["other 5"]]
-    with pytest.raises(RunStopped, match=r"opponents\.jsonl"):
+    with pytest.raises(RunStopped, match=r"eval_opponents\.jsonl"):
         initial_policy(later, ours, 6)
 
 

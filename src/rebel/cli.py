@@ -18,7 +18,7 @@ from rebel.convert import NO, NOTHING, YES, shown
 from rebel.errors import RebelError, RunStopped
 from rebel.from_trl import translate_batch
 from rebel.settings import Setting, known, read_yaml, resolve, unknown
-from rebel.stages.settings import REWARD_MODEL, SFT, Stage, help_of, read_words
+from rebel.stages.settings import REWARD_MODEL, SFT, Stage, help_of, named, read_words
 from rebel.validate import validate
 
 EXAMPLES = """\
@@ -28,6 +28,7 @@ examples:
   rebel train --model_name_or_path MODEL --dataset_name data.jsonl --reward_funcs my.py:score --iterations 9
   rebel train rebel-run/config.yaml --resume
   rebel sample rebel-run --prompt "Once upon a time"
+  rebel evaluate rebel-run --judge my.py:better
 """
 
 TRAIN = (
@@ -171,6 +172,7 @@ def _add_stages(commands: Any) -> None:
         command = _command(commands, stage.name, partial(_stage, stage), brief, usage=usage)
         command.description, command.epilog = textwrap.fill(stage.about, 110), help_of(stage)
         command.formatter_class = argparse.RawDescriptionHelpFormatter
+        command.set_defaults(options=named(stage))
 
 
 def _add_quickstart(commands: Any) -> None:

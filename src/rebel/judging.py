@@ -101,7 +101,7 @@ def initial_policy(learner: Learner, ours: Sequence[Rollout], seed: int) -> Cont
     """Our own completions, which at the first evaluation of a run are the initial policy's."""
     if learner.steps:
         raise RunStopped(
-            "--eval_against initial: the initial policy's completions, opponents.jsonl in the run's folder, are gone "
+            "--eval_against initial: the initial policy's completions, eval_opponents.jsonl in its folder, are gone "
             "or belong to other prompts; resume without --eval_against, or with the model that the run began with"
         )
     return [[completion.content for completion in rollout.completions] for rollout in ours]

@@ -27,7 +27,7 @@ from rebel.trackers import Trackers
 
 METRICS, SAMPLES, SETTINGS, FAILED = "metrics.jsonl", "samples.jsonl", "config.yaml", "failed_reward.json"
 BEST = "best"
-OPPONENTS = "opponents.jsonl"
+OPPONENTS = "eval_opponents.jsonl"
 LEFTOVERS = (METRICS, SAMPLES, SETTINGS, FAILED, "report.html")
 
 FREE = frozenset(

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rebel.errors import RebelError
+from rebel.errors import RebelError, RunStopped
 from rebel.rewards.functions import Notes
 from rebel.rewards.load import load_reward
 from rebel.types import Comparison, Completion, Judge, Prompt, Reward, Rollout
@@ -48,7 +48,10 @@ class PairFunction:
             "first": [c.first for c in comparisons],
             "second": [c.second for c in comparisons],
         }
-        return list(self.fn(**{**columns, **given}))
+        try:
+            return list(self.fn(**{**columns, **given}))
+        except Exception as cause:
+            raise RunStopped(f"the judge {self.name} raised {type(cause).__name__}: {cause}") from cause
 
 
 def load_contest(spec: str, notes: Notes | None = None, **model_settings: Any) -> Judge:

@@ -88,7 +88,8 @@ def demonstrations(rows: Dataset, data: SftData, text_field: str, left_out: Coun
             f"{data.completion_column}, messages, or {text_field}; it has {', '.join(rows.column_names)}: name them by "
             "--prompt_column and --completion_column, or --dataset_text_field"
         )
-    for number, row in enumerate(rows):
+    every: Any = rows  # datasets says of its rows no more than that they may be mappings
+    for number, row in enumerate(every):
         cells = [cell(row[column]) for column in here]
         if not all(cells):
             left_out[f"without text or messages in {' or '.join(here)}"] += 1
@@ -105,7 +106,8 @@ def preferences(rows: Dataset, data: PreferenceData, left_out: Counter[str]) -> 
     wanted = check_columns(rows, data)
     judged = verdicts(rows, data)
     keep_margin = data.preference_column is None and "margin" in rows.column_names
-    for number, (row, verdict) in enumerate(zip(rows, judged, strict=True)):
+    every: Any = rows
+    for number, (row, verdict) in enumerate(zip(every, judged, strict=True)):
         first, second, *prompt = cells = [cell(row[column]) for column in wanted]
         if verdict == 0:
             left_out["without a winner"] += 1

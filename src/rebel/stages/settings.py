@@ -106,6 +106,11 @@ ESSENTIAL = {
 }
 
 
+def named(stage: Stage) -> tuple[str, ...]:
+    """The settings that the help names."""
+    return (*(f.name for f in fields(stage.data)), *ESSENTIAL)
+
+
 def help_of(stage: Stage) -> str:
     """The settings as text: ours, the essential ones of TRL, and where the others are."""
     own = {f.name: f.metadata["help"] for f in fields(stage.data)}

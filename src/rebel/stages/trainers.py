@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import difflib
 import json
-import math
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -24,15 +23,12 @@ from datasets import Dataset
 from peft import PeftModel
 from transformers import AutoConfig, AutoTokenizer, HfArgumentParser, PreTrainedTokenizerBase
 from transformers.utils.import_utils import is_torch_bf16_gpu_available
-from trl import (
-    ModelConfig,
-    RewardConfig,
-    RewardTrainer,
-    SFTConfig,
-    SFTTrainer,
-    get_peft_config,
-    get_quantization_config,
-)
+from trl.trainer.model_config import ModelConfig
+from trl.trainer.reward_config import RewardConfig
+from trl.trainer.reward_trainer import RewardTrainer
+from trl.trainer.sft_config import SFTConfig
+from trl.trainer.sft_trainer import SFTTrainer
+from trl.trainer.utils import get_peft_config, get_quantization_config
 
 from rebel.errors import RebelError
 from rebel.job import quiet
@@ -87,7 +83,7 @@ def run_stage(stage: Stage, given: Mapping[str, Any]) -> None:
 
 def parsed(stage: Stage, given: Mapping[str, Any]) -> Settings:
     """The settings in TRL's own classes; every name or value that is wrong is one error."""
-    kinds = (stage.data, CONFIGS[stage.name], ModelConfig)
+    kinds: Any = (stage.data, CONFIGS[stage.name], ModelConfig)
     given = {**defaults(stage), **given}
     known = {f.name: f for kind in kinds for f in fields(kind) if f.init}
     wrong = [unknown(name, stage, list(known)) for name in given if name not in known]
@@ -228,11 +224,11 @@ def tokenizer_for(settings: Settings, rows: Rows) -> PreTrainedTokenizerBase:
 def fit_length(settings: Settings) -> None:
     """Rows are no longer than the model has positions for, unless a length is given."""
     config = AutoConfig.from_pretrained(settings.name, trust_remote_code=settings.training.trust_remote_code)
-    positions = getattr(config.get_text_config(), "max_position_embeddings", None) or math.inf
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
     asked = settings.training.max_length
-    if "max_length" in settings.given and (asked is None or asked > positions):
+    if positions and asked and asked > positions and "max_length" in settings.given:
         raise RebelError(f"--max_length {asked}: the model has {positions:,} positions; use at most that")
-    settings.training.max_length = int(min(asked, positions))
+    settings.training.max_length = min((limit for limit in (asked, positions) if limit), default=None)
 
 
 def trainer_of(settings: Settings, rows: Rows, tokenizer: PreTrainedTokenizerBase) -> Any:
@@ -274,6 +270,8 @@ def without_telemetry() -> Iterator[None]:
 def check_lengths(settings: Settings, trainer: Any, rows: Rows) -> None:
     """Say what --max_length left out or cut."""
     longest, left = settings.training.max_length, trainer.train_dataset
+    if longest is None:
+        return
     if settings.stage is REWARD_MODEL:
         dropped = len(rows.train) - len(left)
         if not len(left):
