@@ -18,17 +18,17 @@ ROOT = Path(rebel.__file__).parent
 ORDER = """
     types errors
     pairing algorithm
-    stepsize data evaluate report rewards policies samplers micro_batches learner
-    measures way checkpoint collect evaluators fit
+    stepsize data winrates evaluate report rewards policies samplers micro_batches learner
+    against measures way checkpoint collect evaluators fit
     train
-    convert config from_trl settings validate model_card plan trackers record
-    build job
-    trainer tasks doctor cli __main__
+    convert config from_trl settings validate model_card plan trackers loading record
+    judging build job
+    stages versus trainer tasks doctor cli __main__
 """
 """Modules and packages from the inside to the outside: each may import those before it, and no other."""
 
 SEE_CONFIG = """
-    from_trl settings validate model_card plan trackers record build job trainer tasks
+    from_trl settings validate model_card plan trackers record judging build job versus trainer tasks
 """
 """What is about settings, or puts a run together from them. The method, its parts and the loop are not."""
 
@@ -46,7 +46,9 @@ FOREIGN = {
     "fit": PURE,
     "train": set(),
     "collect": {"accelerate", "torch"},
-    "evaluators": set(),
+    "evaluators": {"accelerate"},
+    "winrates": {"numpy", "scipy"},
+    "against": set(),
     "learner": PURE | {"accelerate"},
     "checkpoint": {"torch", "numpy", "safetensors"},
     "data": {"torch", "datasets"},

@@ -37,7 +37,9 @@ from rebel.data import PromptStream, load_prompts, that_fit
 from rebel.errors import RebelError
 from rebel.evaluators import ByReward
 from rebel.fit import Regression
+from rebel.judging import build_evaluator, build_judge
 from rebel.learner import Learner, learner
+from rebel.loading import loaded
 from rebel.model_card import model_card
 from rebel.pairing import all_pairs, best_against_worst, random_pairs
 from rebel.plan import describe, estimate, layout_in_words
@@ -51,7 +53,7 @@ from rebel.samplers.generate import Generate
 from rebel.stepsize import AutoEta, GivenEta, StepRule
 from rebel.trackers import Trackers, training_arguments
 from rebel.train import Hooks, Run
-from rebel.types import LogProb, Pairing, Prompt, Reward
+from rebel.types import Judge, LogProb, Pairing, Prompt, Reward
 
 PAIRINGS: dict[str, Pairing] = {"all": all_pairs, "extremes": best_against_worst, "random": random_pairs}
 
@@ -88,17 +90,6 @@ def weight_type(config: RebelConfig) -> str | torch.dtype:
     if config.dtype != "auto":
         return getattr(torch, config.dtype)
     return "auto" if config.use_peft or config.adapter_path else torch.float32
-
-
-def loaded(name: str, what: str, load: Callable[[], Any]) -> Any:
-    """What transformers loads, or an error in one line."""
-    if name.startswith((".", "/", "~")) and not Path(name).expanduser().exists():
-        raise RebelError(f"--model_name_or_path {name}: there is no such folder")
-    try:
-        return load()
-    except Exception as error:  # of many kinds: files, network, configuration
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise RebelError(f"--model_name_or_path {name}: its {what} cannot be loaded: {reason}") from error
 
 
 def build_tokenizer(config: RebelConfig) -> PreTrainedTokenizerBase:
@@ -234,6 +225,7 @@ def build_run(
     reward: Reward,
     prompts: tuple[Sequence[Prompt], Sequence[Prompt]],
     hooks: Hooks,
+    judge: Judge | None = None,
 ) -> Run:
     """A run over the parts."""
     accelerator, policy = learner.accelerator, learner.policy
@@ -272,7 +264,7 @@ def build_run(
         collector=Online(source, config.prompts_per_iteration, config.replace_flat_groups),
         regression=regression,
         reference=reference,
-        evaluator=ByReward(evaluation, prompts[1]) if prompts[1] else None,
+        evaluator=build_evaluator(config, ByReward(evaluation, prompts[1]), judge, policy) if prompts[1] else None,
         max_failed=config.max_failed_rewards,
         seed=config.seed,
         hooks=hooks,
@@ -318,14 +310,15 @@ def build_job(
     mover = build_learner(accelerator, policy, config, arguments, steps)
     main = accelerator.is_main_process
     trackers = Trackers(callbacks, arguments, policy.model, tokenizer, mover.optimizer, mover.scheduler, main)
-    terminal = Terminal(iterations, disable=config.disable_tqdm, silent=not main)
+    terminal = Terminal(iterations, disable=config.disable_tqdm, silent=not main, judged=bool(config.eval_against))
     notes = Notes(trainer_state=trackers.state)
     judge = reward(notes)
     judge.check(training)
     save = partial(save_model, config, mover)
     folder = Path(config.output_dir)
     recorder = Recorder(config, folder, terminal, trackers, mover, save, len(training), notes.take_metrics)
-    run = build_run(config, mover, reference, judge, (training, held_out), recorder)
+    compares = build_judge(config, notes, held_out)
+    run = build_run(config, mover, reference, judge, (training, held_out), recorder, compares)
     memory = estimate(policy.model, config, reference_is_copy(reference, policy, config), mover.average > 0)
     layout = layout_in_words(config, policy.shared_prefix)
     world = accelerator.num_processes

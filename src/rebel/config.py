@@ -169,6 +169,13 @@ class RebelConfig:
     """Completions per prompt of an evaluation."""
     eval_temperature: float | None = None
     """Temperature of evaluation; 0 is greedy. Unset: the temperature of training."""
+    eval_against: str | None = None
+    """Evaluate by win rate too, against: initial (the policy before training), references (written completions in the
+    data), a run, or a model's name or folder."""
+    eval_judge: str | None = None
+    """Who compares for eval_against: file.py:function, or reward:NAME for a reward, of which the higher wins."""
+    reference_column: str = "reference"
+    """Column of the evaluation data with the references."""
     save_strategy: Literal["no", "steps"] = "steps"
     """Whether to write checkpoints during the run."""
     save_steps: int = 80

@@ -9,15 +9,13 @@ from pathlib import Path
 
 import datasets
 import transformers
-from peft import AutoPeftModelForCausalLM
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from rebel.build import Job, build_job, build_model, build_prompts, build_reward, build_tokenizer, loaded
+from rebel.build import Job, build_job, build_model, build_prompts, build_reward, build_tokenizer
 from rebel.checkpoint import Progress, all_checkpoints, load
 from rebel.config import RebelConfig
 from rebel.errors import RebelError, RunStopped
 from rebel.evaluate import text as text_of
-from rebel.policies.causal_lm import causal_lm
+from rebel.loading import load_policy
 from rebel.record import (
     BEST,
     FAILED,
@@ -144,14 +142,9 @@ def sample(
     """`rebel sample`: completions of the prompts by the tuned model of a run."""
     quiet()
     config = resolve(read_yaml(run_dir / SETTINGS)) if (run_dir / SETTINGS).exists() else RebelConfig()
-    adapter = (run_dir / "adapter_config.json").exists()
-    kind = AutoPeftModelForCausalLM if adapter else AutoModelForCausalLM
-    model = loaded(str(run_dir), "model", partial(kind.from_pretrained, run_dir))
-    tokenizer = loaded(str(run_dir), "tokenizer", partial(AutoTokenizer.from_pretrained, run_dir))
-    policy = causal_lm(model.eval(), tokenizer, chat_template_kwargs=config.chat_template_kwargs)
-    asked = [
-        Prompt(text if tokenizer.chat_template is None else [{"role": "user", "content": text}]) for text in prompts
-    ]
+    policy = load_policy(str(run_dir), config.chat_template_kwargs)
+    chat = policy.tokenizer.chat_template is not None
+    asked = [Prompt([{"role": "user", "content": text}] if chat else text) for text in prompts]
     heat = config.temperature if temperature is None else temperature
     draw = Generate(policy, max_new_tokens or config.max_completion_length, heat)
     return [[text_of(c.content) for c in rollout.completions] for rollout in draw(asked, n, config.seed)]

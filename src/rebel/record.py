@@ -27,6 +27,7 @@ from rebel.trackers import Trackers
 
 METRICS, SAMPLES, SETTINGS, FAILED = "metrics.jsonl", "samples.jsonl", "config.yaml", "failed_reward.json"
 BEST = "best"
+OPPONENTS = "eval_opponents.jsonl"
 LEFTOVERS = (METRICS, SAMPLES, SETTINGS, FAILED, "report.html")
 
 FREE = frozenset(
@@ -40,6 +41,9 @@ FREE = frozenset(
         "logging_steps",
         "eval_strategy",
         "eval_steps",
+        "eval_against",
+        "eval_judge",
+        "reference_column",
         "save_strategy",
         "save_steps",
         "save_total_limit",
@@ -86,7 +90,7 @@ def claim_folder(config: RebelConfig, resume: bool) -> Path:
 
 def clear(folder: Path) -> None:
     """Delete what a run of rebel left, and nothing else."""
-    for name in LEFTOVERS:
+    for name in (*LEFTOVERS, OPPONENTS):
         (folder / name).unlink(missing_ok=True)
     for old in [*checkpoint.all_checkpoints(folder), folder / BEST]:
         shutil.rmtree(old, ignore_errors=True)

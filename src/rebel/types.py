@@ -180,6 +180,7 @@ class Judge(Protocol):
     Nothing requires that the preferences are transitive, or that they come from a reward.
     """
 
-    name: str
+    @property
+    def name(self) -> str: ...
 
     def __call__(self, comparisons: Sequence[Comparison]) -> list[float | None]: ...
