@@ -17,7 +17,7 @@ ROOT = Path(rebel.__file__).parent
 
 ORDER = """
     types errors
-    pairing algorithm
+    pairing algorithm margins
     stepsize data evaluate report rewards policies samplers learner
     measures way checkpoint collect fit
     train
@@ -38,6 +38,7 @@ FOREIGN = {
     "errors": set(),
     "pairing": PURE,
     "algorithm": PURE,
+    "margins": PURE,
     "stepsize": set(),
     "evaluate": PURE,
     "measures": PURE,
