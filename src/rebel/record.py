@@ -53,6 +53,11 @@ FREE = frozenset(
         "hub_model_id",
         "use_cpu",
         "max_failed_rewards",
+        "judge_base_url",
+        "judge_api_key_env",
+        "judge_concurrency",
+        "judge_deadline",
+        "mixture",
     ]
 )
 """Settings that may differ when a run is resumed: they do not change what is learnt."""
