@@ -18,17 +18,17 @@ ROOT = Path(rebel.__file__).parent
 ORDER = """
     types errors
     pairing algorithm margins
-    stepsize data evaluate report rewards policies samplers learner
+    stepsize data iterates evaluate report rewards policies samplers learner
     measures way checkpoint collect fit
     train
     convert config from_trl settings validate model_card plan trackers record
-    build job
+    preferences build job
     trainer tasks doctor cli __main__
 """
 """Modules and packages from the inside to the outside: each may import those before it, and no other."""
 
 SEE_CONFIG = """
-    from_trl settings validate model_card plan trackers record build job trainer tasks
+    from_trl settings validate model_card plan trackers record preferences build job trainer tasks
 """
 """What is about settings, or puts a run together from them. The method, its parts and the loop are not."""
 
@@ -49,9 +49,10 @@ FOREIGN = {
     "learner": PURE | {"accelerate"},
     "checkpoint": {"torch", "numpy", "safetensors"},
     "data": {"torch", "datasets"},
+    "iterates": {"torch", "safetensors"},
     "policies": PURE | {"transformers", "peft", "trl"},
     "samplers": PURE | {"transformers"},
-    "rewards": PURE | {"transformers", "trl"},
+    "rewards": PURE | {"transformers", "trl", "openai"},
     "report": {"rich", "jinja2", "markupsafe", "yaml"},
     "convert": {"yaml"},
     "config": set(),

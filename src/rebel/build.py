@@ -36,17 +36,21 @@ from rebel.config import RebelConfig
 from rebel.data import PromptStream, load_prompts, that_fit
 from rebel.errors import RebelError
 from rebel.fit import Regression
+from rebel.iterates import FOLDER as ITERATES
+from rebel.iterates import Iterates
 from rebel.learner import Learner, learner
 from rebel.model_card import model_card
 from rebel.pairing import all_pairs, best_against_worst, random_pairs
 from rebel.plan import describe, estimate
 from rebel.policies.causal_lm import CausalLM, LanguageModel, causal_lm, frozen_copy, initial_adapter, without_adapter
+from rebel.preferences import for_evaluation, win_rates
 from rebel.record import Recorder
 from rebel.report import Terminal
 from rebel.rewards.combine import Weighted
 from rebel.rewards.functions import Notes
 from rebel.rewards.load import as_reward
 from rebel.samplers.generate import Generate
+from rebel.samplers.mixture import Mixture
 from rebel.stepsize import AutoEta, GivenEta, StepRule
 from rebel.trackers import Trackers, training_arguments
 from rebel.train import Hooks, Run
@@ -187,7 +191,7 @@ def check_template(prompts: Sequence[Prompt], policy: CausalLM) -> None:
 def memory_of_average(config: RebelConfig) -> float:
     """Averaging pays where iterates come to rest, and lags behind where they keep moving."""
     if config.average is None:
-        return 0.3 if config.beta else 0.0
+        return 0.3 if config.beta and not config.mixture else 0.0
     return config.average
 
 
@@ -232,6 +236,7 @@ def build_run(
     reward: Reward,
     prompts: tuple[Sequence[Prompt], Sequence[Prompt]],
     hooks: Hooks,
+    iterates: Iterates | None = None,
 ) -> Run:
     """A run over the parts."""
     accelerator, policy = learner.accelerator, learner.policy
@@ -251,11 +256,16 @@ def build_run(
         world=accelerator.num_processes,
     )
     heat = config.temperature if config.eval_temperature is None else config.eval_temperature
+    cool = replace(sampler, temperature=heat)
+    mixture = Mixture(cool, iterates, config.sampling_batch) if iterates else None
+    each = config.sampling_batch // config.eval_generations
     evaluation = replace(
         source,
-        sampler=replace(sampler, temperature=heat),
+        sampler=mixture or cool,
+        reward=for_evaluation(reward, Path(config.output_dir)),
         group_size=config.eval_generations,
-        chunk=max(1, config.sampling_batch // config.eval_generations),
+        # a mixture loads its iterates for each chunk, and fills its batches itself
+        chunk=max(1, -(-len(prompts[1]) // source.world) if mixture else each),
     )
     regression = Regression(
         steps=config.steps_per_iteration,
@@ -277,6 +287,7 @@ def build_run(
         max_failed=config.max_failed_rewards,
         seed=config.seed,
         hooks=hooks,
+        mixed=mixture.scored if mixture else None,
     )
 
 
@@ -325,11 +336,22 @@ def build_job(
     judge.check(training)
     save = partial(save_model, config, mover)
     folder = Path(config.output_dir)
-    recorder = Recorder(config, folder, terminal, trackers, mover, save, len(training), notes.take_metrics)
-    run = build_run(config, mover, reference, judge, (training, held_out), recorder)
+    iterates = build_iterates(policy, config, iterations)
+    recorder = Recorder(
+        config, folder, terminal, trackers, mover, save, len(training), notes.take_metrics, iterates=iterates
+    )
+    run = build_run(config, mover, reference, judge, (training, held_out), recorder, iterates)
     memory = estimate(policy.model, config, reference_is_copy(reference, policy, config), mover.average > 0)
     plan = describe(config, len(training), len(held_out), dropped, iterations, accelerator.num_processes, memory)
     return Job(config, run, recorder, judge, iterations, plan)
+
+
+def build_iterates(policy: CausalLM, config: RebelConfig, iterations: int) -> Iterates | None:
+    """The store of the iterates of a mixture, or None where none is asked for."""
+    if not config.mixture:
+        return None
+    trained = {name: weight for name, weight in policy.model.named_parameters() if weight.requires_grad}
+    return Iterates(Path(config.output_dir) / ITERATES, trained, config.mixture, iterations)
 
 
 def reference_is_copy(reference: LogProb | None, policy: CausalLM, config: RebelConfig) -> bool:
@@ -349,7 +371,8 @@ def save_model(config: RebelConfig, learner: Learner, folder: Path) -> None:
 
 
 def build_reward(config: RebelConfig, notes: Notes, rewards: Sequence[Any] | None = None) -> Weighted:
-    """The weighted sum of the rewards of the settings, or of these objects."""
+    """The weighted sum of the rewards of the settings, or of these objects, and of the win rate that a judge gives."""
     given = config.reward_funcs if rewards is None else rewards
     models = {"trust_remote_code": config.trust_remote_code, **({"device": "cpu"} if config.use_cpu else {})}
-    return Weighted([as_reward(reward, notes, **models) for reward in given], config.reward_weights)
+    found = [as_reward(reward, notes, **models) for reward in given]
+    return Weighted([*found, *win_rates(config, notes, models)], config.reward_weights)

@@ -157,8 +157,8 @@ class RebelConfig:
     """Memory of the averaged iterate that is evaluated and saved, as a share of all steps so far; 0: the last iterate.
     Unset: 0.3 with beta > 0, where the iterates come to rest around a point, and 0 where they keep moving."""
     mixture: int = 0
-    """Keep so many iterates, evenly over the run, and evaluate their mixture: each completion by one of them. For games,
-    where iterates go round in circles and their average converges."""
+    """Keep so many iterates, evenly over the run, and evaluate their mixture: one of them draws each completion. For
+    preferences that go round in circles, as the iterates then do."""
     bf16: bool = False
     """Mixed precision on bfloat16."""
     fp16: bool = False

@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol, runtime_checkable
 
 from rebel import measures
@@ -16,7 +16,7 @@ from rebel.checkpoint import Progress
 from rebel.collect import Drawn, Interrupted, Source, collect, score_chunks
 from rebel.data import seed_of
 from rebel.errors import RunStopped
-from rebel.evaluate import Evaluation, evaluate
+from rebel.evaluate import Evaluation, LogProbs, evaluate
 from rebel.fit import Regression, fit
 from rebel.learner import Learner
 from rebel.types import LogProb, Prompt
@@ -30,6 +30,7 @@ class Hooks(Protocol):
     """Whoever watches over a run: it is told how it goes, keeps what resumes it, and may end it."""
 
     def phase(self, name: str, total: int) -> AbstractContextManager[Callable[[int], None]]: ...
+    def iterated(self, progress: Progress) -> None: ...
     def evaluation_is_due(self, progress: Progress) -> bool: ...
     def report(self, progress: Progress, metrics: dict[str, float], evaluation: Evaluation | None) -> None: ...
     def stop(self) -> bool: ...
@@ -50,6 +51,13 @@ class Run:
     max_failed: float
     seed: int
     hooks: Hooks
+    mixed: Callable[[LogProbs], LogProbs] | None = None
+    """Where the mixture of iterates is evaluated: its log-probabilities from those of the policy as it is."""
+
+    @property
+    def evaluated(self) -> str:
+        """Which policy evaluations are of."""
+        return "mixture" if self.mixed else "averaged" if self.learner.average else "last"
 
 
 def train(run: Run, progress: Progress, iterations: int) -> None:
@@ -118,12 +126,14 @@ def check_failures(metrics: measures.Measures, drawn: Drawn, most: float) -> Non
 def finish(run: Run, progress: Progress, metrics: measures.Measures, due: bool) -> None:
     """Evaluate if it is time to, and tell the hooks."""
     began = time.perf_counter()
+    if progress.iteration:
+        run.hooks.iterated(progress)
     evaluation = None
     if run.evaluation and due:
         with run.learner.use_average():
             evaluation = run_evaluation(run, run.evaluation)
         metrics["seconds/evaluation"] = time.perf_counter() - began
-    metrics["seconds/total"] = sum(value for name, value in metrics.items() if name.startswith("seconds/"))
+    metrics["seconds/total"] = sum((value for name, value in metrics.items() if name.startswith("seconds/")), 0.0)
     run.hooks.report(progress, metrics, evaluation)
 
 
@@ -136,7 +146,9 @@ def run_evaluation(run: Run, source: Source) -> Evaluation:
         return lambda traces: run.learner.score(log_prob, traces)
 
     reference = scored_by(run.reference) if run.reference else None
-    return evaluate(groups, scored_by(run.learner.policy.log_prob), reference)
+    own = scored_by(run.learner.policy.log_prob)
+    found = evaluate(groups, run.mixed(own) if run.mixed else own, reference)
+    return replace(found, policy=run.evaluated)
 
 
 def speeds(drawn: Drawn, metrics: measures.Measures) -> measures.Measures:

@@ -137,6 +137,8 @@ class OpenAIJudge:
             while True:
                 try:
                     answer = await self.attempt(body, began)
+                except ALL_REFUSED as error:
+                    raise RebelError(self.refusal(error)) from None
                 except ONE_REFUSED as error:
                     refusals.append(self.clean(error))
                     return None
@@ -155,10 +157,7 @@ class OpenAIJudge:
     async def attempt(self, body: dict[str, Any], began: float) -> str:
         """What the model wrote, within what is left of the time."""
         left = began + self.deadline - time.monotonic()
-        try:
-            return text_of(await asyncio.wait_for(self.client.chat.completions.create(**body), left))
-        except ALL_REFUSED as error:
-            raise RebelError(self.refusal(error)) from None
+        return text_of(await asyncio.wait_for(self.client.chat.completions.create(**body), left))
 
     def give_up(self, began: float, error: Exception) -> None:
         """Nothing, if the server answers others; else the run cannot go on."""
@@ -209,9 +208,7 @@ class OpenAIJudge:
                 table.execute("CREATE TABLE IF NOT EXISTS answers (request TEXT PRIMARY KEY, answer TEXT NOT NULL)")
                 yield table
         except sqlite3.DatabaseError as error:
-            raise RebelError(
-                f"the judge's answers in {self.cache} cannot be used: {error}; move the file away"
-            ) from None
+            raise RebelError(f"the judge's answers in {self.cache} cannot be used: {error}; move it away") from None
 
 
 def key_of_request(address: str, body: Mapping[str, Any]) -> str:
