@@ -61,22 +61,28 @@ class LanguageModelJudge:
                 answers[place] = p
         return answers
 
-    def ids(self, text: str) -> tuple[list[int], tuple[int, int]]:
-        """What the model reads before its answer, and the tokens with which the answers A and B begin.
+    def ids(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """What the model reads before its answer, and the tokens (A, B) with which it may begin one.
 
-        Found by encoding both answers behind the question, so that it holds whatever a tokenizer does at their seam.
+        Found by encoding both answers behind the question, with and without a space, so that it holds whatever a
+        tokenizer does at their seam.
         """
         if self.tokenizer.chat_template is None:
-            start, special = f"{text}\nAnswer: ", True
+            start, special = f"{text}\nAnswer:", True
         else:
             messages = [{"role": "user", "content": text}]
             start = str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
             special = False
-        a, b = (list(self.tokenizer(start + letter, add_special_tokens=special)["input_ids"]) for letter in "AB")
-        same = next((k for k, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), None)
-        if same is None:
+        found = []
+        for seam in ("", " "):
+            a, b = (self.tokenizer(start + seam + x, add_special_tokens=special)["input_ids"] for x in "AB")
+            same = next((k for k, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), None)
+            if same is not None:
+                found.append((list(a[:same]), (a[same], b[same])))
+        if not found:
             raise RebelError(f"--judge {self.name}: its tokenizer does not tell the answers A and B apart")
-        return a[:same], (a[same], b[same])
+        context = found[0][0]
+        return context, sorted({letters for before, letters in found if before == context})
 
     @torch.no_grad()
     def probabilities(self, texts: Sequence[list[int]]) -> Tensor:
@@ -86,7 +92,8 @@ class LanguageModelJudge:
         mask = torch.arange(ids.shape[1])[None, :] <= last[:, None]
         output = self.model(input_ids=ids.to(self.device), attention_mask=mask.long().to(self.device), use_cache=False)
         logits = output.logits[torch.arange(len(texts)), last.to(output.logits.device)].double().cpu()
-        return logits[:, list(self.letters)].softmax(dim=-1)[:, 0]
+        a, b = (logits[:, list(tokens)].logsumexp(dim=-1) for tokens in zip(*self.letters, strict=True))
+        return (a - b).sigmoid()
 
 
 def model_judge(source: str, template: str = FORCED, **settings: Any) -> Judge:
