@@ -17,18 +17,18 @@ ROOT = Path(rebel.__file__).parent
 
 ORDER = """
     types errors
-    pairing algorithm
-    stepsize data winrates evaluate report rewards policies samplers micro_batches learner
+    pairing algorithm margins
+    stepsize data winrates iterates evaluate report rewards policies samplers micro_batches learner
     against measures way checkpoint collect evaluators fit
     train
     convert config from_trl settings validate model_card plan trackers loading record
-    judging build job
+    judging build_win_rates build job
     stages versus trainer tasks doctor cli __main__
 """
 """Modules and packages from the inside to the outside: each may import those before it, and no other."""
 
 SEE_CONFIG = """
-    from_trl settings validate model_card plan trackers record judging build job versus trainer tasks
+    from_trl settings validate model_card plan trackers record judging build_win_rates build job versus trainer tasks
 """
 """What is about settings, or puts a run together from them. The method, its parts and the loop are not."""
 
@@ -38,6 +38,7 @@ FOREIGN = {
     "errors": set(),
     "pairing": PURE,
     "algorithm": PURE,
+    "margins": PURE,
     "stepsize": set(),
     "micro_batches": set(),
     "evaluate": PURE,
@@ -52,9 +53,10 @@ FOREIGN = {
     "learner": PURE | {"accelerate"},
     "checkpoint": {"torch", "numpy", "safetensors"},
     "data": {"torch", "datasets"},
+    "iterates": {"torch", "safetensors"},
     "policies": PURE | {"transformers", "peft", "trl"},
     "samplers": PURE | {"transformers"},
-    "rewards": PURE | {"transformers", "trl"},
+    "rewards": PURE | {"transformers", "trl", "openai"},
     "report": {"rich", "jinja2", "markupsafe", "yaml"},
     "convert": {"yaml"},
     "config": set(),

@@ -31,12 +31,15 @@ from transformers import (
     get_scheduler,
 )
 
+from rebel.build_win_rates import for_evaluation, win_rates
 from rebel.collect import Online, Source
 from rebel.config import RebelConfig
 from rebel.data import PromptStream, load_prompts, that_fit
 from rebel.errors import RebelError
 from rebel.evaluators import ByReward
 from rebel.fit import Regression
+from rebel.iterates import FOLDER as ITERATES
+from rebel.iterates import Iterates
 from rebel.judging import build_evaluator, build_judge
 from rebel.learner import Learner, learner
 from rebel.loading import loaded
@@ -50,6 +53,7 @@ from rebel.rewards.combine import Weighted
 from rebel.rewards.functions import Notes
 from rebel.rewards.load import as_reward
 from rebel.samplers.generate import Generate
+from rebel.samplers.mixture import Mixture
 from rebel.stepsize import AutoEta, GivenEta, StepRule
 from rebel.trackers import Trackers, training_arguments
 from rebel.train import Hooks, Run
@@ -180,7 +184,7 @@ def check_template(prompts: Sequence[Prompt], policy: CausalLM) -> None:
 def memory_of_average(config: RebelConfig) -> float:
     """Averaging pays where iterates come to rest, and lags behind where they keep moving."""
     if config.average is None:
-        return 0.3 if config.beta else 0.0
+        return 0.3 if config.beta and not config.mixture else 0.0
     return config.average
 
 
@@ -226,6 +230,7 @@ def build_run(
     prompts: tuple[Sequence[Prompt], Sequence[Prompt]],
     hooks: Hooks,
     judge: Judge | None = None,
+    iterates: Iterates | None = None,
 ) -> Run:
     """A run over the parts."""
     accelerator, policy = learner.accelerator, learner.policy
@@ -245,12 +250,18 @@ def build_run(
         world=accelerator.num_processes,
     )
     heat = config.temperature if config.eval_temperature is None else config.eval_temperature
+    cool = replace(sampler, temperature=heat)
+    mixture = Mixture(cool, iterates, config.sampling_batch) if iterates else None
+    each = config.sampling_batch // config.eval_generations
     evaluation = replace(
         source,
-        sampler=replace(sampler, temperature=heat),
+        sampler=mixture or cool,
+        reward=for_evaluation(reward, Path(config.output_dir)),
         group_size=config.eval_generations,
-        chunk=max(1, config.sampling_batch // config.eval_generations),
+        # a mixture loads its iterates for each chunk, and fills its batches itself
+        chunk=max(1, -(-len(prompts[1]) // source.world) if mixture else each),
     )
+    by_reward = ByReward(evaluation, prompts[1], mixture.scored if mixture else None)
     regression = Regression(
         steps=config.steps_per_iteration,
         passes=config.num_iterations,
@@ -264,7 +275,7 @@ def build_run(
         collector=Online(source, config.prompts_per_iteration, config.replace_flat_groups),
         regression=regression,
         reference=reference,
-        evaluator=build_evaluator(config, ByReward(evaluation, prompts[1]), judge, policy) if prompts[1] else None,
+        evaluator=build_evaluator(config, by_reward, judge, cool) if prompts[1] else None,
         max_failed=config.max_failed_rewards,
         seed=config.seed,
         hooks=hooks,
@@ -316,14 +327,25 @@ def build_job(
     judge.check(training)
     save = partial(save_model, config, mover)
     folder = Path(config.output_dir)
-    recorder = Recorder(config, folder, terminal, trackers, mover, save, len(training), notes.take_metrics)
+    iterates = build_iterates(policy, config, iterations)
+    recorder = Recorder(
+        config, folder, terminal, trackers, mover, save, len(training), notes.take_metrics, iterates=iterates
+    )
     compares = build_judge(config, notes, held_out)
-    run = build_run(config, mover, reference, judge, (training, held_out), recorder, compares)
+    run = build_run(config, mover, reference, judge, (training, held_out), recorder, compares, iterates)
     memory = estimate(policy.model, config, reference_is_copy(reference, policy, config), mover.average > 0)
     layout = layout_in_words(config, policy.shared_prefix)
     world = accelerator.num_processes
     plan = describe(config, len(training), len(held_out), dropped, iterations, world, memory, layout)
     return Job(config, run, recorder, judge, iterations, plan)
+
+
+def build_iterates(policy: CausalLM, config: RebelConfig, iterations: int) -> Iterates | None:
+    """The store of the iterates of a mixture, or None where none is asked for."""
+    if not config.mixture:
+        return None
+    trained = {name: weight for name, weight in policy.model.named_parameters() if weight.requires_grad}
+    return Iterates(Path(config.output_dir) / ITERATES, trained, config.mixture, iterations)
 
 
 def reference_is_copy(reference: LogProb | None, policy: CausalLM, config: RebelConfig) -> bool:
@@ -343,7 +365,8 @@ def save_model(config: RebelConfig, learner: Learner, folder: Path) -> None:
 
 
 def build_reward(config: RebelConfig, notes: Notes, rewards: Sequence[Any] | None = None) -> Weighted:
-    """The weighted sum of the rewards of the settings, or of these objects."""
+    """The weighted sum of the rewards of the settings, or of these objects, and of the win rate that a judge gives."""
     given = config.reward_funcs if rewards is None else rewards
     models = {"trust_remote_code": config.trust_remote_code, **({"device": "cpu"} if config.use_cpu else {})}
-    return Weighted([as_reward(reward, notes, **models) for reward in given], config.reward_weights)
+    found = [as_reward(reward, notes, **models) for reward in given]
+    return Weighted([*found, *win_rates(config, notes, models)], config.reward_weights)

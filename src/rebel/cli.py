@@ -191,7 +191,8 @@ def _add_sample(commands: Any) -> None:
     sample.add_argument("--n", type=int, default=4, help="completions per prompt")
     sample.add_argument("--temperature", type=float, help="0 is greedy (default: that of training)")
     sample.add_argument("--max_new_tokens", type=int, help="longest completion (default: that of training)")
-    sample.set_defaults(options=("prompt", "n", "temperature", "max_new_tokens"))
+    sample.add_argument("--mixture", action="store_true", help="draw each from one of the iterates kept by --mixture K")
+    sample.set_defaults(options=("prompt", "n", "temperature", "max_new_tokens", "mixture"))
 
 
 EVALUATE = {
@@ -285,7 +286,7 @@ def _sample(arguments: argparse.Namespace) -> int:
         raise RebelError(f"--max_new_tokens {arguments.max_new_tokens}: use 1 or more")
     from rebel.job import sample
 
-    drawn = sample(run, prompts, arguments.n, arguments.temperature, arguments.max_new_tokens)
+    drawn = sample(run, prompts, arguments.n, arguments.temperature, arguments.max_new_tokens, arguments.mixture)
     for prompt, completions in zip(prompts, drawn, strict=True):
         print(f"\n{prompt}", *(f"\n[{k}] {text}" for k, text in enumerate(completions, 1)), sep="\n")
     return 0

@@ -19,6 +19,8 @@ from rebel.checkpoint import Progress
 from rebel.config import RebelConfig
 from rebel.errors import RebelError
 from rebel.evaluate import Evaluation, text
+from rebel.iterates import FOLDER as ITERATES
+from rebel.iterates import Iterates
 from rebel.learner import Learner
 from rebel.report import Terminal, append_rows, truncate_after
 from rebel.rewards.functions import RewardFailed
@@ -28,7 +30,7 @@ from rebel.trackers import Trackers
 METRICS, SAMPLES, SETTINGS, FAILED = "metrics.jsonl", "samples.jsonl", "config.yaml", "failed_reward.json"
 BEST = "best"
 OPPONENTS = "eval_opponents.jsonl"
-LEFTOVERS = (METRICS, SAMPLES, SETTINGS, FAILED, "report.html")
+LEFTOVERS = (METRICS, SAMPLES, SETTINGS, FAILED, "report.html", "opponents.jsonl")
 
 FREE = frozenset(
     [
@@ -58,6 +60,11 @@ FREE = frozenset(
         "hub_model_id",
         "use_cpu",
         "max_failed_rewards",
+        "judge_base_url",
+        "judge_api_key_env",
+        "judge_concurrency",
+        "judge_deadline",
+        "mixture",
     ]
 )
 """Settings that may differ when a run is resumed: they do not change what is learnt."""
@@ -92,7 +99,7 @@ def clear(folder: Path) -> None:
     """Delete what a run of rebel left, and nothing else."""
     for name in (*LEFTOVERS, OPPONENTS):
         (folder / name).unlink(missing_ok=True)
-    for old in [*checkpoint.all_checkpoints(folder), folder / BEST]:
+    for old in [*checkpoint.all_checkpoints(folder), folder / BEST, folder / ITERATES]:
         shutil.rmtree(old, ignore_errors=True)
 
 
@@ -123,6 +130,7 @@ class Recorder:
     save_model: Callable[[Path], None]
     prompts: int
     noted: Callable[[], dict[str, float]] = dict
+    iterates: Iterates | None = None
     signalled: str | None = None
     evaluated: int = -1
     logged: int = -1
@@ -140,6 +148,8 @@ class Recorder:
             (self.folder / SETTINGS).write_text(dump(self.config))
             for name in (METRICS, SAMPLES):
                 truncate_after(self.folder / name, progress.iteration if progress.step else -1)
+            if self.iterates:
+                self.iterates.begin(progress.iteration)
         self.evaluated = self.logged = self.saved = progress.step
         self.rng = checkpoint.rng_state()
         self.trackers.begin(progress.step, steps)
@@ -147,13 +157,20 @@ class Recorder:
     def phase(self, name: str, total: int) -> AbstractContextManager:
         return self.terminal.phase(name, total)
 
+    def iterated(self, progress: Progress) -> None:
+        """An iteration has ended: keep its policy if it is one of those of the mixture."""
+        if self.iterates and self.main:
+            self.iterates.keep(progress.iteration)
+        self.learner.accelerator.wait_for_everyone()
+
     def evaluation_is_due(self, progress: Progress) -> bool:
         return self.config.eval_strategy == "steps" and due(self.evaluated, progress.step, self.config.eval_steps)
 
     def report(self, progress: Progress, metrics: dict[str, float], evaluation: Evaluation | None) -> None:
         """Write the row of an iteration, tell the trackers, and keep a checkpoint if it is time to."""
         where = {"iteration": progress.iteration, "step": progress.step, "samples": progress.samples}
-        self.last = {**where, **metrics, **self.noted(), **(evaluation.metrics if evaluation else {})}
+        evaluated = {**evaluation.metrics, "eval/policy": evaluation.policy} if evaluation else {}
+        self.last = {**where, **metrics, **self.noted(), **evaluated}
         if self.main:
             append_rows(self.folder / METRICS, [self.last])
         self.trackers.step(progress.step, progress.prompts_taken / self.prompts)

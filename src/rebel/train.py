@@ -27,6 +27,7 @@ DRAW, SHUFFLE, EVALUATE = range(3)
 class Hooks(Watch, Protocol):
     """Whoever watches over a run: it is told how it goes, keeps what resumes it, and may end it."""
 
+    def iterated(self, progress: Progress) -> None: ...
     def evaluation_is_due(self, progress: Progress) -> bool: ...
     def report(self, progress: Progress, metrics: dict[str, float], evaluation: Evaluation | None) -> None: ...
 
@@ -112,11 +113,13 @@ def check_failures(metrics: measures.Measures, drawn: Drawn, most: float) -> Non
 def finish(run: Run, progress: Progress, metrics: measures.Measures, due: bool) -> None:
     """Evaluate if it is time to, and tell the hooks."""
     began = time.perf_counter()
+    if progress.iteration:
+        run.hooks.iterated(progress)
     evaluation = None
     if run.evaluator and due:
         evaluation = evaluated(run, run.evaluator)
         metrics["seconds/evaluation"] = time.perf_counter() - began
-    metrics["seconds/total"] = sum(value for name, value in metrics.items() if name.startswith("seconds/"))
+    metrics["seconds/total"] = sum((value for name, value in metrics.items() if name.startswith("seconds/")), 0.0)
     run.hooks.report(progress, metrics, evaluation)
 
 

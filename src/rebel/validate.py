@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from math import inf, isfinite
 from pathlib import Path
@@ -31,6 +32,8 @@ AT_LEAST = {
     "eval_generations": 1,
     "save_steps": 1,
     "save_total_limit": 1,
+    "judge_concurrency": 1,
+    "mixture": 0,
 }
 
 
@@ -54,6 +57,7 @@ BETWEEN: dict[str, tuple[Callable[[float], bool], str]] = {
     "missing_eos_penalty": (_not_negative, "a number to subtract, 0 or more"),
     "replace_flat_groups": (_not_negative, "0 (never) or a positive factor"),
     "max_failed_rewards": (lambda share: 0 <= share <= 1, "a share from 0 to 1"),
+    "judge_deadline": (_positive, "a positive number of seconds"),
     "learning_rate": (_not_negative, "0 or a positive number"),
     "warmup_steps": (_not_negative, "0 or more steps, or a share below 1"),
     "weight_decay": (_not_negative, "0 or more"),
@@ -207,9 +211,11 @@ def _rewards(config: RebelConfig) -> Complaints:
     weights, functions = config.reward_weights, config.reward_funcs
     if weights is None:
         return
-    if functions and len(weights) != len(functions):
+    judge = " and a --judge" if config.judge else ""
+    if functions and len(weights) != len(functions) + bool(config.judge):
         yield (
-            f"{_said(config, 'reward_weights')}: {len(weights)} for {len(functions)} --reward_funcs; give one for each"
+            f"{_said(config, 'reward_weights')}: {len(weights)} for {len(functions)} --reward_funcs{judge}; "
+            "give one for each"
         )
     if not all(map(isfinite, weights)):
         yield f"{_said(config, 'reward_weights')}: use finite numbers"
@@ -220,8 +226,35 @@ def _given(config: RebelConfig) -> Complaints:
         yield "no model: give --model_name_or_path a Hugging Face name or a folder"
     if not config.dataset_name:
         yield "no prompts: give --dataset_name a hub name, a folder or a file"
-    if not config.reward_funcs:
-        yield "no reward: give --reward_funcs a file.py:function, a name of trl.rewards or a reward model"
+    if not config.reward_funcs and not config.judge:
+        yield (
+            "no reward: give --reward_funcs a file.py:function, a name of trl.rewards or a reward model, "
+            "or --judge what compares two completions"
+        )
+
+
+def _judge(config: RebelConfig) -> Complaints:
+    if re.fullmatch(r"[A-Za-z_]\w*", config.judge_api_key_env) is None:  # not shown: it may be a key
+        yield "--judge_api_key_env is no name of an environment variable; give the name, such as OPENAI_API_KEY"
+    if config.judge_base_url is not None:
+        if not re.match(r"https?://[^/]", config.judge_base_url):
+            yield f"{_said(config, 'judge_base_url')}: an address such as http://127.0.0.1:8000/v1 is expected"
+        elif "@" in config.judge_base_url or "?" in config.judge_base_url:  # not shown, for the same reason
+            yield "--judge_base_url holds more than an address; the key goes into an environment variable"
+    secret = [name for name in config.judge_args if re.search(r"key|auth|token$|secret|header", name, re.IGNORECASE)]
+    if secret:
+        yield f"--judge_args {secret[0]} looks like a key; that goes into an environment variable"
+    remote = (config.judge or "").startswith("openai:")
+    if not remote and (config.judge_base_url or config.judge_args):
+        name = "judge_base_url" if config.judge_base_url else "judge_args"
+        yield f"--{name} is for a judge behind an endpoint: use --judge openai:MODEL, or leave it out"
+
+
+def _mixture(config: RebelConfig) -> Complaints:
+    if config.mixture and config.average:
+        yield f"{_said(config, 'mixture', 'average')}: both say what is evaluated; use one of them"
+    if config.mixture and config.load_best_model_at_end:
+        yield f"{_said(config, 'mixture')} evaluates no single policy that --load_best_model_at_end could keep"
 
 
 def _adapter(config: RebelConfig) -> Complaints:
@@ -234,5 +267,19 @@ def _adapter(config: RebelConfig) -> Complaints:
         yield "--reference initial_adapter is the trained adapter of --adapter_path, which is not given"
 
 
-CHECKS = (_counts, _ranges, _eta, _sampling, _batch, _precision, _length, _evaluation, _folders, _rewards, _adapter)
+CHECKS = (
+    _counts,
+    _ranges,
+    _eta,
+    _sampling,
+    _batch,
+    _precision,
+    _length,
+    _evaluation,
+    _folders,
+    _rewards,
+    _judge,
+    _mixture,
+    _adapter,
+)
 INPUTS = (_given,)
