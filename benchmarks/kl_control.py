@@ -24,7 +24,7 @@ from rebel.build import Job
 from rebel.checkpoint import Progress
 from rebel.data import seed_of
 from rebel.job import prepare
-from rebel.policies.causal_lm import pad_right
+from rebel.policies.rows import padded
 from rebel.tasks import arithmetic
 from rebel.train import iterate
 from rebel.types import TokenTrace
@@ -63,7 +63,7 @@ def measured_kl(ready: Job, before: list[torch.Tensor], seed: int) -> float:
 def next_tokens(ready: Job, traces: list[TokenTrace]) -> torch.Tensor:
     """log-probabilities of every next token, at every place of the completions."""
     policy = ready.run.learner.policy
-    ids, written = pad_right(traces, policy.device)
+    ids, written = padded(traces, policy.device)
     logits = policy.model(input_ids=ids, use_cache=False).logits[:, :-1]
     return logits[written[:, 1:]].log_softmax(dim=-1)
 

@@ -18,7 +18,7 @@ ROOT = Path(rebel.__file__).parent
 ORDER = """
     types errors
     pairing algorithm
-    stepsize data winrates evaluate report rewards policies samplers learner
+    stepsize data winrates evaluate report rewards policies samplers micro_batches learner
     against measures way checkpoint collect evaluators fit
     train
     convert config from_trl settings validate model_card plan trackers loading record
@@ -39,6 +39,7 @@ FOREIGN = {
     "pairing": PURE,
     "algorithm": PURE,
     "stepsize": set(),
+    "micro_batches": set(),
     "evaluate": PURE,
     "measures": PURE,
     "way": set(),

@@ -42,7 +42,7 @@ from rebel.learner import Learner, learner
 from rebel.loading import loaded
 from rebel.model_card import model_card
 from rebel.pairing import all_pairs, best_against_worst, random_pairs
-from rebel.plan import describe, estimate
+from rebel.plan import describe, estimate, layout_in_words
 from rebel.policies.causal_lm import CausalLM, LanguageModel, causal_lm, frozen_copy, initial_adapter, without_adapter
 from rebel.record import Recorder
 from rebel.report import Terminal
@@ -114,9 +114,10 @@ def with_adapter(model: PreTrainedModel, config: RebelConfig, lora: PeftConfig |
 
 def build_policy(model: LanguageModel, tokenizer: PreTrainedTokenizerBase, config: RebelConfig) -> CausalLM:
     policy = causal_lm(model, tokenizer, config.temperature, config.chat_template_kwargs)
-    if config.gradient_checkpointing:
+    if config.gradient_checkpointing:  # whose layers take no keys and values from a pass before
         policy.bare.causal.gradient_checkpointing_enable({"use_reentrant": False})
-    return policy
+    shared = policy.shared_prefix and config.shared_prefix and not config.gradient_checkpointing
+    return replace(policy, shared_prefix=shared)
 
 
 def build_reference(policy: CausalLM, config: RebelConfig) -> LogProb | None:
@@ -319,7 +320,9 @@ def build_job(
     compares = build_judge(config, notes, held_out)
     run = build_run(config, mover, reference, judge, (training, held_out), recorder, compares)
     memory = estimate(policy.model, config, reference_is_copy(reference, policy, config), mover.average > 0)
-    plan = describe(config, len(training), len(held_out), dropped, iterations, accelerator.num_processes, memory)
+    layout = layout_in_words(config, policy.shared_prefix)
+    world = accelerator.num_processes
+    plan = describe(config, len(training), len(held_out), dropped, iterations, world, memory, layout)
     return Job(config, run, recorder, judge, iterations, plan)
 
 

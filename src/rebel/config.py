@@ -110,6 +110,8 @@ class RebelConfig:
     """Passes (epochs) over the completions of one iteration. (TRL's default is 1.)"""
     tokens_per_micro_batch: int = 8192
     """Tokens in one forward pass; sets the memory of training, never its result."""
+    shared_prefix: bool = True
+    """Compute a prompt once for all its completions in a micro-batch, where model and settings allow it."""
     learning_rate: float = 1e-5
     """Peak learning rate."""
     lr_scheduler_type: str = "constant"

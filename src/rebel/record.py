@@ -37,6 +37,7 @@ FREE = frozenset(
         "iterations",
         "max_steps",
         "tokens_per_micro_batch",
+        "shared_prefix",
         "logging_steps",
         "eval_strategy",
         "eval_steps",

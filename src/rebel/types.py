@@ -136,8 +136,8 @@ class Policy(Protocol[TraceIn]):
         """
         ...
 
-    def cost(self, trace: TraceIn) -> int:
-        """What a trace costs in a micro-batch: tokens for text, denoising steps for images."""
+    def cost(self, traces: Sequence[TraceIn]) -> int:
+        """What traces cost together in one micro-batch: tokens for text, denoising steps for images."""
         ...
 
 
