@@ -66,7 +66,7 @@ def drawn_by(
 
 def tokens_in(policy: CausalLM, content: Any) -> int:
     """The length of a completion, whoever wrote it, in the tokens of this policy."""
-    return len(policy.tokenizer(words(content), add_special_tokens=False)["input_ids"])
+    return len(policy.tokenizer(words(content), add_special_tokens=False, verbose=False)["input_ids"])
 
 
 @dataclass(frozen=True, slots=True)
