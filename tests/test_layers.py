@@ -19,16 +19,17 @@ ORDER = """
     types errors
     pairing algorithm
     stepsize data evaluate report rewards policies samplers learner
-    measures way checkpoint collect evaluators fit
+    shards rollouts
+    measures way checkpoint collect evaluators fit rounds
     train
-    convert config from_trl settings validate model_card plan trackers record
-    build job
+    convert config from_trl settings validate model_card plan trackers signals record large_batch
+    build job drawn_elsewhere rollout_job
     trainer tasks doctor cli __main__
 """
 """Modules and packages from the inside to the outside: each may import those before it, and no other."""
 
 SEE_CONFIG = """
-    from_trl settings validate model_card plan trackers record build job trainer tasks
+    from_trl settings validate model_card plan trackers record large_batch build job rollout_job trainer tasks
 """
 """What is about settings, or puts a run together from them. The method, its parts and the loop are not."""
 
@@ -44,7 +45,12 @@ FOREIGN = {
     "way": set(),
     "fit": PURE,
     "train": set(),
+    "shards": {"pyarrow"},
+    "rollouts": PURE | {"pyarrow"},
     "collect": {"accelerate", "torch"},
+    "rounds": {"accelerate", "numpy", "torch"},
+    "drawn_elsewhere": set(),
+    "signals": set(),
     "evaluators": set(),
     "learner": PURE | {"accelerate"},
     "checkpoint": {"torch", "numpy", "safetensors"},
@@ -129,7 +135,7 @@ def test_only_what_is_about_settings_sees_them() -> None:
 
 def test_the_loop_sees_protocols_and_no_model_sampler_or_reward() -> None:
     pure = {"rewards.groups"}  # arithmetic on scored groups
-    for name in ("algorithm", "learner", "measures", "way", "fit", "collect", "evaluators", "train"):
+    for name in ("algorithm", "learner", "measures", "way", "fit", "collect", "evaluators", "rounds", "train"):
         seen = {i.removeprefix("rebel.") for i, _ in imports(files()[name]) if i.startswith("rebel.")}
         concrete = {i for i in seen - pure if part(i) in ("policies", "samplers", "rewards", "report", "trackers")}
         assert not concrete, f"{name} imports {concrete}"
