@@ -49,7 +49,7 @@ FOREIGN = {
     "rollouts": PURE | {"pyarrow"},
     "collect": {"accelerate", "torch"},
     "rounds": {"accelerate", "numpy", "torch"},
-    "drawn_elsewhere": set(),
+    "drawn_elsewhere": {"datasets"},
     "signals": set(),
     "evaluators": set(),
     "learner": PURE | {"accelerate"},

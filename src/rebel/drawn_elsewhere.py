@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from datasets import Dataset
+
 from rebel.data import is_messages
 from rebel.errors import RebelError
 from rebel.policies.causal_lm import CausalLM
@@ -19,7 +21,7 @@ COLUMNS = ("prompt", "completions", "prompt_ids", "completion_ids", "finished", 
 class DrawnElsewhere:
     """The rows of a file as rollouts of this policy's tokens, of which each has at most `longest`."""
 
-    rows: Sequence[Mapping[str, Any]]
+    rows: Dataset | Sequence[Mapping[str, Any]]
     policy: CausalLM
     name: str
     longest_prompt: int
@@ -46,7 +48,8 @@ class DrawnElsewhere:
 
     def rollout(self, number: int) -> Rollout[TokenTrace]:
         """One row. Ids that are given are kept as they are; text is encoded, and ends where it says that it does."""
-        row, where = self.rows[number], f"{self.name}, row {number}"
+        every: Any = self.rows  # datasets says of its rows no more than that they may be mappings
+        row, where = every[number], f"{self.name}, row {number}"
         content, texts = row.get("prompt"), row.get("completions")
         if not (isinstance(content, str) and content.strip()) and not (content and is_messages(content)):
             raise RebelError(f"{where}: the column prompt must be text or a list of messages with role and content")

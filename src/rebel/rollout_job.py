@@ -112,7 +112,7 @@ def take_over(config: RebelConfig, file: str) -> None:
     rows = rows_of(file, config.dataset_train_split)
     policy = build_policy(build_model(config), build_tokenizer(config), config)
     positions = getattr(policy.bare.causal.config.get_text_config(), "max_position_embeddings", 2**31)
-    drawn = DrawnElsewhere(rows, policy, file, config.max_prompt_length, positions)  # pyright: ignore
+    drawn = DrawnElsewhere(rows, policy, file, config.max_prompt_length, positions)
     takes, long, few = drawn.usable()
     manifest = Manifest(
         prompts=len(takes),

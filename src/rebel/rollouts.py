@@ -82,7 +82,7 @@ def flattened(manifest: Manifest) -> dict[str, Any]:
 
 
 @dataclass(frozen=True, slots=True)
-class Rollouts(Sequence[Scored]):
+class Rollouts:
     """The scored groups of a folder, each read when it is asked for: memory does not grow with their number."""
 
     folder: Path
@@ -107,10 +107,8 @@ class Rollouts(Sequence[Scored]):
     def __len__(self) -> int:
         return self.manifest.prompts
 
-    def __getitem__(self, index: Any) -> Any:
-        """One scored group, or a list of them."""
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
+    def __getitem__(self, index: int) -> Scored:
+        """A scored group. Being read from disk, it is another object each time."""
         shard, row = self.place(index)
         return scored_of(rollout_of(self.completions.table(shard), row), self.rewards.table(shard), row)
 

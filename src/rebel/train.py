@@ -116,7 +116,7 @@ def finish(run: Run, progress: Progress, metrics: measures.Measures, due: bool) 
     if run.evaluator and due:
         evaluation = evaluated(run, run.evaluator)
         metrics["seconds/evaluation"] = time.perf_counter() - began
-    metrics["seconds/total"] = sum(value for name, value in metrics.items() if name.startswith("seconds/"))
+    metrics["seconds/total"] = sum((value for name, value in metrics.items() if name.startswith("seconds/")), 0.0)
     run.hooks.report(progress, metrics, evaluation)
 
 
