@@ -474,6 +474,15 @@ def assert_same_rounds_but_names(one: Any, other: Any) -> None:
     assert all(torch.equal(a, b) for a, b in pairs)
 
 
+def test_a_checkpoint_precedes_every_round_whose_rollouts_belong_to_that_policy_alone(tmp_path: Path) -> None:
+    tiny.trained(tmp_path, **ROUNDS | {"save_steps": 1000})
+    assert [path.name for path in checkpoint.all_checkpoints(tmp_path)] == [
+        "checkpoint-0",
+        "checkpoint-12",
+        "checkpoint-24",
+    ]
+
+
 def test_what_a_run_lost_in_the_middle_of_a_round_is_said(tmp_path: Path) -> None:
     with pytest.raises(RunStopped):
         tiny.trained(tmp_path, **ROUNDS, callbacks=[StopAt(6)])

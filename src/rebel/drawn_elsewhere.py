@@ -89,9 +89,10 @@ class DrawnElsewhere:
         """Without a word on it, text is finished, and ids are if they end with an end of sequence."""
         ends = self.policy.eos_ids
         if ids is None:
-            own: list[int] = self.policy.tokenizer(text, add_special_tokens=False).input_ids
+            end_token: Any = self.policy.tokenizer.eos_token_id
+            own = list(self.policy.tokenizer(text, add_special_tokens=False).input_ids)
             if end is not False and not (own and own[-1] in ends):
-                own = [*own, self.policy.tokenizer.eos_token_id]
+                own.append(end_token)
         else:
             own = list(ids)
         content = text if isinstance(prompt.content, str) else [{"role": "assistant", "content": text}]

@@ -194,7 +194,7 @@ def of_weights(module: nn.Module) -> str:
         if idle and ".lora_" in name:
             continue
         found.update(f"{tuple(weight.shape)} {weight.dtype}".encode())
-        found.update(weight.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        found.update(weight.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return found.hexdigest()
 
 

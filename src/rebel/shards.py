@@ -75,7 +75,7 @@ class Shards:
 
     def states(self, count: int, of: Callable[[int], str]) -> dict[int, State]:
         """The files among the first `count` that have to be made, with what is wrong with them."""
-        found = {number: self.state(number, of(number)) for number in range(count)}
+        found: dict[int, State] = {number: self.state(number, of(number)) for number in range(count)}
         return {number: state for number, state in found.items() if state != "whole"}
 
 
