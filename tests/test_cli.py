@@ -183,15 +183,16 @@ def test_an_unknown_command(capsys: pytest.CaptureFixture[str]):
 
 
 def test_sample(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path):
-    def sample(run: Any, prompts: list[str], n: int, temperature: Any, longest: Any) -> list[list[str]]:
-        return [[f"{prompt} {run.name} {k} {temperature} {longest}" for k in range(n)] for prompt in prompts]
+    def sample(run: Any, prompts: list[str], n: int, heat: Any, longest: Any, mixture: bool) -> list[list[str]]:
+        return [[f"{prompt} {run.name} {k} {heat} {longest} {mixture}" for k in range(n)] for prompt in prompts]
 
     monkeypatch.setitem(sys.modules, "rebel.job", module("rebel.job", sample=sample))
     (tmp_path / "run").mkdir()
     argv = ["sample", str(tmp_path / "run"), "--prompt", "Once", "--prompt", "Two", "--n", "2"]
     assert main([*argv, "--max-new-tokens", "9"]) == 0
     out = capsys.readouterr().out
-    assert "Once run 1 None 9" in out and "[2] Two run 1 None 9" in out and out.count("[1]") == 2
+    assert "Once run 1 None 9 False" in out and "[2] Two run 1 None 9 False" in out and out.count("[1]") == 2
+    assert main([*argv, "--mixture"]) == 0 and "Once run 0 None None True" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

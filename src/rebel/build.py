@@ -31,13 +31,17 @@ from transformers import (
     get_scheduler,
 )
 
+from rebel.build_win_rates import for_evaluation, win_rates
 from rebel.collect import Online, Source
 from rebel.config import RebelConfig
 from rebel.data import PromptStream, load_prompts, that_fit
 from rebel.errors import RebelError
 from rebel.evaluators import ByReward
 from rebel.fit import Regression
+from rebel.iterates import FOLDER as ITERATES
+from rebel.iterates import Iterates
 from rebel.judging import build_evaluator, build_judge
+from rebel.large_batch import build_rounds, in_rounds, in_words, iterations_of_rounds, round_size, whose
 from rebel.learner import Learner, learner
 from rebel.loading import loaded
 from rebel.model_card import model_card
@@ -49,7 +53,10 @@ from rebel.report import Terminal
 from rebel.rewards.combine import Weighted
 from rebel.rewards.functions import Notes
 from rebel.rewards.load import as_reward
+from rebel.rollouts import Prompts
+from rebel.rounds import Rounds, Say, unscored
 from rebel.samplers.generate import Generate
+from rebel.samplers.mixture import Mixture
 from rebel.stepsize import AutoEta, GivenEta, StepRule
 from rebel.trackers import Trackers, training_arguments
 from rebel.train import Hooks, Run
@@ -180,7 +187,7 @@ def check_template(prompts: Sequence[Prompt], policy: CausalLM) -> None:
 def memory_of_average(config: RebelConfig) -> float:
     """Averaging pays where iterates come to rest, and lags behind where they keep moving."""
     if config.average is None:
-        return 0.3 if config.beta else 0.0
+        return 0.3 if config.beta and not config.mixture else 0.0
     return config.average
 
 
@@ -226,12 +233,13 @@ def build_run(
     prompts: tuple[Sequence[Prompt], Sequence[Prompt]],
     hooks: Hooks,
     judge: Judge | None = None,
+    iterates: Iterates | None = None,
+    say: Say = print,
 ) -> Run:
     """A run over the parts."""
     accelerator, policy = learner.accelerator, learner.policy
     assert isinstance(policy, CausalLM), "build_policy made it"
-    precision: Any = accelerator.autocast  # whose annotation contradicts its default
-    sampler = Generate(policy, config.max_completion_length, config.temperature, precision)
+    sampler = build_sampler(config, policy, accelerator)
     source = Source(
         sampler=sampler,
         reward=reward,
@@ -245,12 +253,18 @@ def build_run(
         world=accelerator.num_processes,
     )
     heat = config.temperature if config.eval_temperature is None else config.eval_temperature
+    cool = replace(sampler, temperature=heat)
+    mixture = Mixture(cool, iterates, config.sampling_batch) if iterates else None
+    each = config.sampling_batch // config.eval_generations
     evaluation = replace(
         source,
-        sampler=replace(sampler, temperature=heat),
+        sampler=mixture or cool,
+        reward=for_evaluation(reward, Path(config.output_dir)),
         group_size=config.eval_generations,
-        chunk=max(1, config.sampling_batch // config.eval_generations),
+        # a mixture loads its iterates for each chunk, and fills its batches itself
+        chunk=max(1, -(-len(prompts[1]) // source.world) if mixture else each),
     )
+    by_reward = ByReward(evaluation, prompts[1], mixture.scored if mixture else None)
     regression = Regression(
         steps=config.steps_per_iteration,
         passes=config.num_iterations,
@@ -261,18 +275,30 @@ def build_run(
     )
     return Run(
         learner=learner,
-        collector=Online(source, config.prompts_per_iteration, config.replace_flat_groups),
+        collector=(
+            build_rounds(config, source, prompts[0], regression.pairing, policy, say)
+            if in_rounds(config)
+            else Online(source, config.prompts_per_iteration, config.replace_flat_groups)
+        ),
         regression=regression,
         reference=reference,
-        evaluator=build_evaluator(config, ByReward(evaluation, prompts[1]), judge, policy) if prompts[1] else None,
+        evaluator=build_evaluator(config, by_reward, judge, cool) if prompts[1] else None,
         max_failed=config.max_failed_rewards,
         seed=config.seed,
         hooks=hooks,
     )
 
 
-def iterations_of(config: RebelConfig) -> int:
-    """Iterations of the run, from --iterations or from --max_steps."""
+def build_sampler(config: RebelConfig, policy: CausalLM, accelerator: Accelerator) -> Generate:
+    """Who draws for training."""
+    precision: Any = accelerator.autocast  # whose annotation contradicts its default
+    return Generate(policy, config.max_completion_length, config.temperature, precision)
+
+
+def iterations_of(config: RebelConfig, training: Sequence[Prompt]) -> int:
+    """Iterations of the run, from --rounds, --iterations or --max_steps."""
+    if in_rounds(config):
+        return iterations_of_rounds(config, round_size(config, training))
     if config.iterations is not None:
         return config.iterations
     return math.ceil(config.max_steps / (config.steps_per_iteration * config.num_iterations))
@@ -285,7 +311,6 @@ class Job:
     config: RebelConfig
     run: Run
     recorder: Recorder
-    reward: Reward
     iterations: int
     plan: list[str]
 
@@ -294,36 +319,58 @@ def build_job(
     config: RebelConfig,
     model: LanguageModel,
     tokenizer: PreTrainedTokenizerBase,
-    reward: Callable[[Notes], Weighted],
+    reward: Callable[[Notes], Weighted] | None,
     prompts: tuple[Sequence[Prompt], Sequence[Prompt]],
     callbacks: Sequence[Any] = (),
 ) -> Job:
-    """All parts of a run from its settings and what has been loaded. Touches no file."""
+    """All parts of a run from its settings and what has been loaded. Touches no file.
+
+    Only where all rollouts are scored already and nothing is evaluated can it do without a reward.
+    """
     arguments = training_arguments(config)  # before the accelerator, whose state it would reset
     accelerator = build_accelerator(config)
     policy = build_policy(model.to(accelerator.device), tokenizer, config)
-    training, dropped = fitting(prompts[0], policy, config)
+    given = prompts[0] if isinstance(prompts[0], Prompts) else None
+    training, dropped = fitting(prompts[0], policy, config) if given is None else (given, 0)
+    notices = [] if given is None else whose(config, given.rollouts, policy)
     held_out = fitting(prompts[1], policy, config)[0] if prompts[1] else []
     reference = build_reference(policy, config)
-    iterations = iterations_of(config)
+    iterations = iterations_of(config, training)
     steps = iterations * config.steps_per_iteration * config.num_iterations
     mover = build_learner(accelerator, policy, config, arguments, steps)
     main = accelerator.is_main_process
     trackers = Trackers(callbacks, arguments, policy.model, tokenizer, mover.optimizer, mover.scheduler, main)
     terminal = Terminal(iterations, disable=config.disable_tqdm, silent=not main, judged=bool(config.eval_against))
     notes = Notes(trainer_state=trackers.state)
-    judge = reward(notes)
-    judge.check(training)
+    judge = reward(notes) if reward else None
+    scored = training if given is None else held_out
+    if judge and scored:
+        judge.check(scored)
     save = partial(save_model, config, mover)
     folder = Path(config.output_dir)
-    recorder = Recorder(config, folder, terminal, trackers, mover, save, len(training), notes.take_metrics)
+    iterates = build_iterates(policy, config, iterations)
+    recorder = Recorder(
+        config, folder, terminal, trackers, mover, save, len(training), notes.take_metrics, iterates=iterates
+    )
     compares = build_judge(config, notes, held_out)
-    run = build_run(config, mover, reference, judge, (training, held_out), recorder, compares)
+    parts = (training, held_out)
+    run = build_run(config, mover, reference, judge or unscored, parts, recorder, compares, iterates, terminal.say)
+    if isinstance(run.collector, Rounds):
+        recorder.round = run.collector.per_round
+        notices.insert(0, in_words(config, run.collector.size))
     memory = estimate(policy.model, config, reference_is_copy(reference, policy, config), mover.average > 0)
     layout = layout_in_words(config, policy.shared_prefix)
     world = accelerator.num_processes
     plan = describe(config, len(training), len(held_out), dropped, iterations, world, memory, layout)
-    return Job(config, run, recorder, judge, iterations, plan)
+    return Job(config, run, recorder, iterations, [*plan, *notices])
+
+
+def build_iterates(policy: CausalLM, config: RebelConfig, iterations: int) -> Iterates | None:
+    """The store of the iterates of a mixture, or None where none is asked for."""
+    if not config.mixture:
+        return None
+    trained = {name: weight for name, weight in policy.model.named_parameters() if weight.requires_grad}
+    return Iterates(Path(config.output_dir) / ITERATES, trained, config.mixture, iterations)
 
 
 def reference_is_copy(reference: LogProb | None, policy: CausalLM, config: RebelConfig) -> bool:
@@ -343,7 +390,8 @@ def save_model(config: RebelConfig, learner: Learner, folder: Path) -> None:
 
 
 def build_reward(config: RebelConfig, notes: Notes, rewards: Sequence[Any] | None = None) -> Weighted:
-    """The weighted sum of the rewards of the settings, or of these objects."""
+    """The weighted sum of the rewards of the settings, or of these objects, and of the win rate that a judge gives."""
     given = config.reward_funcs if rewards is None else rewards
     models = {"trust_remote_code": config.trust_remote_code, **({"device": "cpu"} if config.use_cpu else {})}
-    return Weighted([as_reward(reward, notes, **models) for reward in given], config.reward_weights)
+    found = [as_reward(reward, notes, **models) for reward in given]
+    return Weighted([*found, *win_rates(config, notes, models)], config.reward_weights)

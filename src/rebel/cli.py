@@ -19,7 +19,7 @@ from rebel.errors import RebelError, RunStopped
 from rebel.from_trl import translate_batch
 from rebel.settings import Setting, known, read_yaml, resolve, unknown
 from rebel.stages.settings import REWARD_MODEL, SFT, Stage, help_of, named, read_words
-from rebel.validate import validate
+from rebel.validate import validate, validate_drawing, validate_scoring
 
 EXAMPLES = """\
 examples:
@@ -35,6 +35,12 @@ TRAIN = (
     "Tune a model. Settings come from the YAML file, whose keys are the names below, and from flags, which "
     "win. Flags take hyphens for underscores; those of true or false can stand alone (--use_peft) or be "
     "turned off (--no-use_peft)."
+)
+
+
+ROLLOUT = (
+    "Draw completions of the whole prompt set to disk, for `rebel score` and `rebel train --from_rollouts`. Settings "
+    "are those of `rebel train`, from the same file. Interrupted, it goes on when it is given again."
 )
 
 
@@ -70,7 +76,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("-V", "--version", action="store_true", help="show the version and exit")
     parser.set_defaults(command=partial(_alone, parser), options=("help", "version"))
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
-    for add in (_add_train, _add_stages, _add_quickstart, _add_sample, _add_evaluate, _add_report, _add_doctor):
+    adders = (_add_train, _add_stages, _add_rollout, _add_score, _add_quickstart, _add_sample, _add_evaluate)
+    for add in (*adders, _add_report, _add_doctor):
         add(commands)
     if argv and argv[0] in (SFT.name, REWARD_MODEL.name):  # whose flags are TRL's, and known once TRL is loaded
         arguments, arguments.words = parser.parse_known_args(argv)
@@ -120,11 +127,35 @@ def _add_train(commands: Any) -> None:
     train.description, train.formatter_class = TRAIN, _wide
     train.add_argument("config", nargs="?", help="YAML file with settings")
     train.add_argument("--dry_run", action="store_true", help="print the plan of the run and stop")
+    _add_settings(train)
+    train.set_defaults(options=(*known(), "resume", "dry_run"))
+
+
+def _add_settings(parser: Parser) -> None:
     for section, settings in groupby(known().values(), key=lambda setting: setting.section):
-        group = train.add_argument_group(section)
+        group = parser.add_argument_group(section)
         for setting in settings:
             _add_setting(group, setting)
-    train.set_defaults(options=(*known(), "resume", "dry_run"))
+
+
+def _add_rollout(commands: Any) -> None:
+    usage = "rebel rollout [config.yaml] --to FOLDER [--from_file FILE] [--SETTING VALUE ...]"
+    rollout = _command(commands, "rollout", _rollout, "draw completions of a whole prompt set to disk", usage=usage)
+    rollout.description, rollout.formatter_class = ROLLOUT, _wide
+    rollout.add_argument("config", nargs="?", help="YAML file with settings")
+    rollout.add_argument("--to", help="folder of the rollouts (unset: that of --from_rollouts)")
+    rollout.add_argument("--from_file", help="take completions that another program drew: rows of a .jsonl or the like")
+    _add_settings(rollout)
+    rollout.set_defaults(options=(*known(), "to", "from_file"))
+
+
+def _add_score(commands: Any) -> None:
+    score = _command(commands, "score", _score, "score rollouts that `rebel rollout` drew")
+    score.add_argument("rollouts", help="folder of the rollouts")
+    names = ("reward_funcs", "reward_weights", "trust_remote_code", "use_cpu", "disable_tqdm")
+    for name in names:
+        _add_setting(score, known()[name])
+    score.set_defaults(options=names)
 
 
 def _add_setting(group: Any, setting: Setting) -> None:
@@ -191,7 +222,8 @@ def _add_sample(commands: Any) -> None:
     sample.add_argument("--n", type=int, default=4, help="completions per prompt")
     sample.add_argument("--temperature", type=float, help="0 is greedy (default: that of training)")
     sample.add_argument("--max_new_tokens", type=int, help="longest completion (default: that of training)")
-    sample.set_defaults(options=("prompt", "n", "temperature", "max_new_tokens"))
+    sample.add_argument("--mixture", action="store_true", help="draw each from one of the iterates kept by --mixture K")
+    sample.set_defaults(options=("prompt", "n", "temperature", "max_new_tokens", "mixture"))
 
 
 EVALUATE = {
@@ -268,6 +300,27 @@ def _stage(stage: Stage, arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _rollout(arguments: argparse.Namespace) -> int:
+    flags = {name: value for name, value in vars(arguments).items() if name in known()}
+    if arguments.to:
+        flags["from_rollouts"] = arguments.to
+    config = validate_drawing(resolve(read_yaml(arguments.config), flags), prompts=not arguments.from_file)
+    from rebel.rollout_job import rollout
+
+    rollout(config, arguments.from_file)
+    return 0
+
+
+def _score(arguments: argparse.Namespace) -> int:
+    folder = _folder(arguments.rollouts)
+    flags = {name: value for name, value in vars(arguments).items() if name in known()}
+    config = validate_scoring(resolve(flags))
+    from rebel.rollout_job import score_rollouts
+
+    score_rollouts(config, str(folder))
+    return 0
+
+
 def _quickstart(arguments: argparse.Namespace) -> int:
     from rebel.tasks.arithmetic import quickstart
 
@@ -285,7 +338,7 @@ def _sample(arguments: argparse.Namespace) -> int:
         raise RebelError(f"--max_new_tokens {arguments.max_new_tokens}: use 1 or more")
     from rebel.job import sample
 
-    drawn = sample(run, prompts, arguments.n, arguments.temperature, arguments.max_new_tokens)
+    drawn = sample(run, prompts, arguments.n, arguments.temperature, arguments.max_new_tokens, arguments.mixture)
     for prompt, completions in zip(prompts, drawn, strict=True):
         print(f"\n{prompt}", *(f"\n[{k}] {text}" for k, text in enumerate(completions, 1)), sep="\n")
     return 0

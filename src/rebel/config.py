@@ -63,6 +63,29 @@ class RebelConfig:
     max_failed_rewards: float = 0.1
     """Stop when more than this share of an iteration's completions got no usable reward."""
 
+    # -- preferences ---------------------------------------------------------------------------------------
+    judge: str | None = None
+    """Reward win rates: file.py:function, package.module:function, openai:MODEL, a table (.json), a model's folder or
+    name. With reward_funcs it is one more of the weighted rewards, the last."""
+    judge_unit: Literal["win_rate", "advantage"] = "win_rate"
+    """Unit of that reward: the win rate against the policy, or 2 * win rate - 1, which doubles eta."""
+    judge_opponents: Literal["group", "shared"] = "group"
+    """Compare with all of the group, or with one of it that all share: fewer comparisons, more noise."""
+    judge_swap: bool = True
+    """Ask for both orders of a pair and take the mean; measures how far the judge contradicts itself."""
+    judge_template: str | None = None
+    """File with what a language model is asked: a text with {prompt}, {first} and {second}."""
+    judge_base_url: str | None = None
+    """Address of the OpenAI-compatible endpoint of openai:MODEL. Unset: OpenAI's own, or $OPENAI_BASE_URL."""
+    judge_api_key_env: str = "OPENAI_API_KEY"
+    """Name of the environment variable with the endpoint's key. The key itself is never a setting."""
+    judge_args: dict[str, Any] = field(default_factory=dict)
+    """Further fields of a request to the endpoint (max_tokens, temperature, ...); null leaves one out."""
+    judge_concurrency: int = 8
+    """Requests at the same time."""
+    judge_deadline: float = 120.0
+    """Seconds within which a comparison has to be answered, retries included; one attempt may take half of it."""
+
     # -- the method ----------------------------------------------------------------------------------------
     eta: float | Literal["auto"] = "auto"
     """Step size in nats per unit of reward (large = long step), or auto: from the spread of the rewards."""
@@ -101,6 +124,18 @@ class RebelConfig:
     sampling_batch: int = 64
     """Completions drawn at once by the sampler of this process; fixes the order of random numbers."""
 
+    # -- large batch ---------------------------------------------------------------------------------------
+    rounds: int | None = None
+    """Draw the whole prompt set so many times: each round goes to disk, is scored, and then regressed in iterations."""
+    round_prompts: int | None = None
+    """Prompts of a round. Unset: all."""
+    epochs: int = 1
+    """Passes over the rollouts of a round, prompts_per_iteration at a time; num_iterations repeats each iteration."""
+    from_rollouts: str | None = None
+    """Regress the rollouts of this folder, which `rebel rollout` draws and `rebel score` scores, in one round."""
+    shard_prompts: int = 64
+    """Prompts of one file of rollouts, which is also what an interruption may cost; fixes the random numbers."""
+
     # -- batch and optimisation ----------------------------------------------------------------------------
     prompts_per_iteration: int = 32
     """Prompts drawn for each iteration, all processes together."""
@@ -135,6 +170,9 @@ class RebelConfig:
     average: float | None = None
     """Memory of the averaged iterate that is evaluated and saved, as a share of all steps so far; 0: the last iterate.
     Unset: 0.3 with beta > 0, where the iterates come to rest around a point, and 0 where they keep moving."""
+    mixture: int = 0
+    """Keep so many iterates, evenly over the run, and evaluate their mixture: one of them draws each completion. For
+    preferences that go round in circles, as the iterates then do."""
     bf16: bool = False
     """Mixed precision on bfloat16."""
     fp16: bool = False

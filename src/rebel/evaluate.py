@@ -21,6 +21,8 @@ class Evaluation:
 
     metrics: dict[str, float]
     samples: list[dict]
+    policy: str = "last"
+    """Which policy it is of: the last iterate, the averaged one, or the mixture of those that are kept."""
 
 
 def evaluate(scored: Sequence[Scored], policy: LogProbs, reference: LogProbs | None, show: int = 8) -> Evaluation:

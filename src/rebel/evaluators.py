@@ -11,7 +11,7 @@ from accelerate.utils import broadcast_object_list
 from rebel.against import Contents, Duel, duel, paired
 from rebel.collect import Source, Watch, score_chunks
 from rebel.errors import RebelError, RunStopped
-from rebel.evaluate import Evaluation, evaluate
+from rebel.evaluate import Evaluation, LogProbs, evaluate
 from rebel.learner import Learner
 from rebel.types import Judge, LogProb, Prompt, Rollout, Scored
 
@@ -22,6 +22,8 @@ class ByReward:
 
     source: Source
     prompts: Sequence[Prompt]
+    mixed: Callable[[LogProbs], LogProbs] | None = None
+    """Where a mixture of iterates draws: its log-probabilities from those of the policy as it is."""
 
     def __call__(self, learner: Learner, reference: LogProb | None, seed: int, watch: Watch) -> Evaluation:
         return self.measured(self.draw(seed, watch), learner, reference)
@@ -32,10 +34,17 @@ class ByReward:
             return score_chunks(self.source, self.prompts, seed, done=done)[0]
 
     def measured(self, groups: Sequence[Scored], learner: Learner, reference: LogProb | None) -> Evaluation:
-        def scored_by(log_prob: LogProb) -> Callable:
+        def scored_by(log_prob: LogProb) -> LogProbs:
             return lambda traces: learner.score(log_prob, traces)
 
-        return evaluate(groups, scored_by(learner.policy.log_prob), scored_by(reference) if reference else None)
+        own = scored_by(learner.policy.log_prob)
+        own = self.mixed(own) if self.mixed else own
+        found = evaluate(groups, own, scored_by(reference) if reference else None)
+        return replace(found, policy=self.of(learner))
+
+    def of(self, learner: Learner) -> str:
+        """Which policy is evaluated."""
+        return "mixture" if self.mixed else "averaged" if learner.average else "last"
 
 
 Opponents = Callable[[Learner, Sequence[Rollout], int], Contents]

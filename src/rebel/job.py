@@ -9,17 +9,24 @@ from pathlib import Path
 
 import datasets
 import transformers
+from torch import Tensor
 
 from rebel.build import Job, build_job, build_model, build_prompts, build_reward, build_tokenizer
+from rebel.build_win_rates import ANSWERS, JUDGED
 from rebel.checkpoint import Progress, all_checkpoints, load
 from rebel.config import RebelConfig
 from rebel.errors import RebelError, RunStopped
 from rebel.evaluate import text as text_of
+from rebel.iterates import FOLDER as ITERATES
+from rebel.iterates import Iterates
+from rebel.large_batch import stored
 from rebel.loading import load_policy
 from rebel.record import (
     BEST,
     FAILED,
     METRICS,
+    OPPONENTS,
+    ROUNDS,
     SETTINGS,
     Recorder,
     checkpoint_to_resume,
@@ -28,10 +35,12 @@ from rebel.record import (
 )
 from rebel.report import write_report
 from rebel.rewards.functions import Notes, RewardFailed
+from rebel.rollouts import Prompts
 from rebel.samplers.generate import Generate
+from rebel.samplers.mixture import Mixture
 from rebel.settings import read_yaml, resolve
 from rebel.train import train
-from rebel.types import Prompt
+from rebel.types import Prompt, Sampler
 
 
 def carry_out(job: Job, resume: Path | None = None) -> Progress:
@@ -113,10 +122,19 @@ def run_training(config: RebelConfig, dry_run: bool = False) -> None:
 
 def prepare(config: RebelConfig) -> Job:
     """A run that is ready to start; what is quick to find wrong is looked at before the model is loaded."""
-    prompts = build_prompts(config)
+    prompts = stored_prompts(config) if config.from_rollouts else build_prompts(config)
     tokenizer = build_tokenizer(config)
-    build_reward(config, Notes()).check(prompts[0])
-    return build_job(config, build_model(config), tokenizer, partial(build_reward, config), prompts)
+    scored = prompts[1] if config.from_rollouts else prompts[0]  # those that a reward will see
+    reward = partial(build_reward, config) if scored else None
+    if reward:
+        reward(Notes()).check(scored)
+    return build_job(config, build_model(config), tokenizer, reward, prompts)
+
+
+def stored_prompts(config: RebelConfig) -> tuple[Sequence[Prompt], Sequence[Prompt]]:
+    """The prompts of given rollouts, and those of evaluation where a dataset and a reward are named for it."""
+    training = Prompts(stored(str(config.from_rollouts)))
+    return training, build_prompts(config)[1] if config.dataset_name and config.reward_funcs else []
 
 
 def quiet() -> None:
@@ -132,19 +150,34 @@ def push(job: Job) -> str:
     name = job.config.hub_model_id or job.recorder.folder.name
     api = HfApi()
     repository = api.create_repo(name, exist_ok=True).repo_id
-    ignore = ["checkpoint-*/*", f"{BEST}/*", FAILED]
+    ignore = ["checkpoint-*/*", *(f"{name}/*" for name in (BEST, ITERATES, ROUNDS))]
+    ignore += [FAILED, ANSWERS, JUDGED, OPPONENTS]
     return api.upload_folder(repo_id=repository, folder_path=job.recorder.folder, ignore_patterns=ignore)
 
 
 def sample(
-    run_dir: Path, prompts: Sequence[str], n: int, temperature: float | None, max_new_tokens: int | None
+    run_dir: Path,
+    prompts: Sequence[str],
+    n: int,
+    temperature: float | None,
+    max_new_tokens: int | None,
+    mixture: bool = False,
 ) -> list[list[str]]:
-    """`rebel sample`: completions of the prompts by the tuned model of a run."""
+    """`rebel sample`: completions of the prompts by the tuned model of a run, or by the mixture of its iterates."""
     quiet()
     config = resolve(read_yaml(run_dir / SETTINGS)) if (run_dir / SETTINGS).exists() else RebelConfig()
     policy = load_policy(str(run_dir), config.chat_template_kwargs)
     chat = policy.tokenizer.chat_template is not None
     asked = [Prompt([{"role": "user", "content": text}] if chat else text) for text in prompts]
     heat = config.temperature if temperature is None else temperature
-    draw = Generate(policy, max_new_tokens or config.max_completion_length, heat)
+    draw: Sampler = Generate(policy, max_new_tokens or config.max_completion_length, heat)
+    if mixture:
+        draw = Mixture(draw, stored_iterates(run_dir, dict(policy.model.named_parameters())), config.sampling_batch)
     return [[text_of(c.content) for c in rollout.completions] for rollout in draw(asked, n, config.seed)]
+
+
+def stored_iterates(run_dir: Path, weights: dict[str, Tensor]) -> Iterates:
+    iterates = Iterates(run_dir / ITERATES, weights)
+    if not iterates.stored():
+        raise RebelError(f"--mixture: {run_dir} has kept no iterates; train with --mixture K to keep some")
+    return iterates

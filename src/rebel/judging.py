@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from rebel.against import Contents, references, words
-from rebel.collect import draw
+from rebel.collect import Source, draw
 from rebel.config import RebelConfig
 from rebel.errors import RunStopped
 from rebel.evaluate import text
@@ -21,6 +21,7 @@ from rebel.record import OPPONENTS
 from rebel.report.rows import append_rows, read_rows
 from rebel.rewards.contest import check_judge, load_contest
 from rebel.rewards.functions import Notes
+from rebel.samplers.generate import Generate
 from rebel.train import Evaluator
 from rebel.types import Judge, Prompt, Rollout
 
@@ -35,30 +36,31 @@ def build_judge(config: RebelConfig, notes: Notes, prompts: Sequence[Prompt]) ->
     return judge
 
 
-def build_evaluator(config: RebelConfig, plain: ByReward, judge: Judge | None, policy: CausalLM) -> Evaluator:
+def build_evaluator(config: RebelConfig, plain: ByReward, judge: Judge | None, sampler: Generate) -> Evaluator:
     """Evaluation by reward, and with --eval_against by win rate too."""
     if judge is None:
         return plain
-    return ByJudge(plain, judge, build_opponents(config, plain), partial(tokens_in, policy))
+    return ByJudge(plain, judge, build_opponents(config, plain, sampler), partial(tokens_in, sampler.policy))
 
 
-def build_opponents(config: RebelConfig, plain: ByReward) -> Opponents:
+def build_opponents(config: RebelConfig, plain: ByReward, sampler: Generate) -> Opponents:
     """The other side of --eval_against."""
     side = str(config.eval_against)
     if side == "references":
         written = references(plain.prompts, config.reference_column)  # now, since they may be missing
         return lambda learner, ours, seed: written
-    drawn = initial_policy if side == "initial" else partial(drawn_by, config, plain)
+    drawn = initial_policy if side == "initial" else partial(drawn_by, config, plain.source, sampler)
     return DrawnOnce(drawn, Path(config.output_dir) / OPPONENTS, side)
 
 
-def drawn_by(config: RebelConfig, plain: ByReward, learner: Learner, ours: Sequence[Rollout], seed: int) -> Contents:
+def drawn_by(
+    config: RebelConfig, source: Source, sampler: Generate, learner: Learner, ours: Sequence[Rollout], seed: int
+) -> Contents:
     """Completions of the same prompts by the model of --eval_against, which is loaded for it and let go."""
     device = learner.accelerator.device
     policy = load_policy(str(config.eval_against), config.chat_template_kwargs, device, config.trust_remote_code)
-    sampler: Any = replace(plain.source.sampler, policy=policy)  # pyright: ignore[reportArgumentType]  # a Generate
-    source = replace(plain.source, sampler=sampler, rank=0, world=1)
-    drawn = draw(source, [rollout.prompt for rollout in ours], seed, lambda: False, lambda count: None)
+    alone = replace(source, sampler=replace(sampler, policy=policy), rank=0, world=1)
+    drawn = draw(alone, [rollout.prompt for rollout in ours], seed, lambda: False, lambda count: None)
     return [[completion.content for completion in rollout.completions] for rollout in drawn]
 
 

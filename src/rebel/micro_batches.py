@@ -29,9 +29,9 @@ def plan(groups: Sequence[Sequence[Any]], cost: Cost, budget: int) -> list[Piece
         for batch in fill([groups[k] for k in small], cost, budget)
     ]
     large = [k for k in range(len(groups)) if k not in set(small)]
-    cuts = [(k, cut) for k in large for cut in parts(groups[k], cost, budget)]
-    split = fill([groups[k][cut] for k, cut in cuts], cost, budget)
-    return whole + [Piece(joined(places[cuts[i][0]][cuts[i][1]] for i in batch)) for batch in split]
+    loose = [(k, cut) for k in large for cut in parts(groups[k], cost, budget)]
+    split = fill([groups[k][cut] for k, cut in loose], cost, budget)
+    return whole + [Piece(joined(places[loose[i][0]][loose[i][1]] for i in batch)) for batch in split]
 
 
 def pieces_of(traces: Sequence[Any], cost: Cost, budget: int) -> list[Piece]:
@@ -55,12 +55,15 @@ def bundles(traces: Sequence[Any], cost: Cost) -> list[list[Any]]:
 
 def parts(group: Sequence[Any], cost: Cost, budget: int) -> list[slice]:
     """The fewest cuts of a group into runs of like number that fit the budget; one trace alone may be beyond it."""
-    for count in range(1, len(group) + 1):
-        ends = [len(group) * k // count for k in range(count + 1)]
-        cuts = [slice(a, b) for a, b in pairwise(ends)]
-        if all(cost(group[cut]) <= budget for cut in cuts):
-            break
-    return cuts
+    for count in range(1, len(group)):
+        if all(cost(group[cut]) <= budget for cut in cuts(len(group), count)):
+            return cuts(len(group), count)
+    return cuts(len(group), len(group))
+
+
+def cuts(length: int, count: int) -> list[slice]:
+    """So many runs of like length."""
+    return [slice(a, b) for a, b in pairwise(length * k // count for k in range(count + 1))]
 
 
 def fill(items: Sequence[Sequence[Any]], cost: Cost, budget: int) -> list[list[int]]:

@@ -27,6 +27,7 @@ DRAW, SHUFFLE, EVALUATE = range(3)
 class Hooks(Watch, Protocol):
     """Whoever watches over a run: it is told how it goes, keeps what resumes it, and may end it."""
 
+    def iterated(self, progress: Progress) -> None: ...
     def evaluation_is_due(self, progress: Progress) -> bool: ...
     def report(self, progress: Progress, metrics: dict[str, float], evaluation: Evaluation | None) -> None: ...
 
@@ -87,7 +88,7 @@ def iterate(run: Run, progress: Progress) -> measures.Measures:
         metrics["r2_in_sample"] = metrics.pop("r2_held_out")
     progress.iteration += 1
     progress.step = run.learner.steps
-    progress.samples += sum(len(group.rollout.completions) for group in drawn.groups)
+    progress.samples += sum(len(group.rollout.completions) for group in drawn.groups) if drawn.fresh else 0
     progress.prompts_taken += len(drawn.groups)
     return metrics | speeds(drawn, metrics)
 
@@ -112,11 +113,13 @@ def check_failures(metrics: measures.Measures, drawn: Drawn, most: float) -> Non
 def finish(run: Run, progress: Progress, metrics: measures.Measures, due: bool) -> None:
     """Evaluate if it is time to, and tell the hooks."""
     began = time.perf_counter()
+    if progress.iteration:
+        run.hooks.iterated(progress)
     evaluation = None
     if run.evaluator and due:
         evaluation = evaluated(run, run.evaluator)
         metrics["seconds/evaluation"] = time.perf_counter() - began
-    metrics["seconds/total"] = sum(value for name, value in metrics.items() if name.startswith("seconds/"))
+    metrics["seconds/total"] = sum((value for name, value in metrics.items() if name.startswith("seconds/")), 0.0)
     run.hooks.report(progress, metrics, evaluation)
 
 
@@ -129,9 +132,10 @@ def evaluated(run: Run, evaluator: Evaluator) -> Evaluation:
 def speeds(drawn: Drawn, metrics: measures.Measures) -> measures.Measures:
     """Seconds of the first half, and tokens per second of both."""
     tokens = sum(measures.length(c) for group in drawn.groups for c in group.rollout.completions)
+    new = tokens if drawn.tokens is None else drawn.tokens
     return {
         "seconds/sampling": drawn.sampling,
         "seconds/rewards": drawn.scoring,
-        "tokens_per_second_sampling": tokens / max(drawn.sampling, 1e-9),
+        **({"tokens_per_second_sampling": new / drawn.sampling} if new and drawn.sampling else {}),
         "tokens_per_second_training": tokens / max(metrics["seconds/scoring"] + metrics["seconds/training"], 1e-9),
     }

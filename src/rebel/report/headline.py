@@ -102,18 +102,26 @@ def tiles(rows: Sequence[Row], settings: Row) -> list[Tile]:
 def reward_tile(rows: Sequence[Row]) -> Tile:
     """Reward before and after: by evaluation where there was one, else of the completions trained on."""
     before, after = endpoints(rows)
+    title = "Reward on evaluation prompts" + whose(rows)
     if before and after:
         error = error_of_gain(before, after)
         change = f"{after.value - before.value:+.3f}" + (f" ± {number(error)}" if error is not None else "")
-        return Tile("Reward on evaluation prompts", str(after), str(before), f"change {change} (standard errors)")
+        return Tile(title, str(after), str(before), f"change {change} (standard errors)")
     if before or after:
         detail = "after training" if after else "before training"
-        return Tile("Reward on evaluation prompts", str(after or before), detail=detail)
+        return Tile(title, str(after or before), detail=detail)
     drawn = values(rows, "reward")
     if not drawn:
         return Tile("Reward", "–", detail="not measured yet")
     first = number(drawn[0]) if len(drawn) > 1 else ""
     return Tile("Reward in training", number(drawn[-1]), first, "no evaluation was made")
+
+
+def whose(rows: Sequence[Row]) -> str:
+    """Which policy was evaluated, where it is not simply the last iterate."""
+    names = [row["eval/policy"] for row in rows if row.get("eval/policy")]
+    words = {"averaged": ", averaged weights", "mixture": ", mixture of iterates"}
+    return words.get(names[-1], "") if names else ""
 
 
 def progress(rows: Sequence[Row], settings: Row) -> str:

@@ -75,7 +75,7 @@ class PerCompletion:
     notes: Notes = field(default_factory=Notes)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "name", self.name or _name(self.fn))
+        object.__setattr__(self, "name", self.name or name_of(self.fn))
         _check_arguments(self.fn, self.name)
 
     def __call__(self, rollouts: Sequence[Rollout]) -> list[Scored]:
@@ -84,16 +84,16 @@ class PerCompletion:
 
     def check(self, prompts: Sequence[Prompt]) -> None:
         """Raises RebelError where the function needs a column that these prompts lack, or takes no such columns."""
-        columns = _columns(prompts)
-        parameters = _parameters(self.fn)
-        lacking = [name for name in _required(parameters) if name not in (*columns, *PASSED)]
+        columns = columns_of(prompts)
+        parameters = parameters_of(self.fn)
+        lacking = [name for name in required(parameters) if name not in (*columns, *PASSED)]
         if lacking:
             raise RebelError(
                 f"the reward function {self.name} needs the column {' and '.join(lacking)}; "
                 f"the dataset has {', '.join(columns) or 'no column'} beside the prompt"
             )
         too_many = [name for name in columns if name not in parameters]
-        if parameters and too_many and not _takes_any(parameters):
+        if parameters and too_many and not takes_any(parameters):
             raise RebelError(
                 f"the reward function {self.name} does not take the column {too_many[0]} of the dataset: "
                 "end its arguments with **kwargs"
@@ -106,9 +106,9 @@ class PerCompletion:
             return list
         self.check([rollout.prompt for rollout in rollouts])
         arguments = _arguments(cases, self.notes)
-        if not _is_async(self.fn):
+        if not is_async(self.fn):
             return functools.partial(self._values, functools.partial(self.fn, **arguments), cases)
-        future = asyncio.run_coroutine_threadsafe(self.fn(**arguments), _event_loop())
+        future = asyncio.run_coroutine_threadsafe(self.fn(**arguments), event_loop())
         return functools.partial(self._values, future.result, cases)
 
     def _values(self, call: Callable[[], Any], cases: list[Case]) -> Values:
@@ -123,7 +123,7 @@ class PerCompletion:
 
         Async functions mostly ask a service, where another call may cost money and end differently: not repeated.
         """
-        if len(cases) == 1 or _is_async(self.fn):
+        if len(cases) == 1 or is_async(self.fn):
             return cases
         deadline = time.monotonic() + SECONDS_OF_SEARCH
         for case in cases:
@@ -144,7 +144,7 @@ def as_rewards(values: Values) -> Float[Tensor, " N"]:
 
 
 @functools.cache
-def _event_loop() -> asyncio.AbstractEventLoop:
+def event_loop() -> asyncio.AbstractEventLoop:
     """One loop for the whole process, in a thread of its own.
 
     The clients of services belong to the loop that they were first used in, so a new loop for each batch would break
@@ -157,7 +157,7 @@ def _event_loop() -> asyncio.AbstractEventLoop:
 
 def _arguments(cases: Sequence[Case], notes: Notes) -> dict[str, Any]:
     """The arguments of a reward function, one entry a completion in each list."""
-    columns = _columns([prompt for prompt, _ in cases])
+    columns = columns_of([prompt for prompt, _ in cases])
     arguments = {name: [prompt.meta.get(name) for prompt, _ in cases] for name in columns}
     return arguments | {
         "prompts": [prompt.content for prompt, _ in cases],
@@ -173,7 +173,7 @@ def _ids(trace: Any) -> list[int] | None:
     return list(trace.completion) if isinstance(trace, TokenTrace) else None
 
 
-def _columns(prompts: Sequence[Prompt]) -> list[str]:
+def columns_of(prompts: Sequence[Prompt]) -> list[str]:
     names = dict.fromkeys(name for prompt in prompts for name in prompt.meta)
     return [name for name in names if name not in NOT_COLUMNS]
 
@@ -198,19 +198,19 @@ def _number(value: Any) -> float:
     return float(value)
 
 
-def _name(fn: Callable[..., Any]) -> str:
+def name_of(fn: Callable[..., Any]) -> str:
     while isinstance(fn, functools.partial):
         fn = fn.func
     return getattr(fn, "__name__", type(fn).__name__)
 
 
-def _is_async(fn: Callable[..., Any]) -> bool:
+def is_async(fn: Callable[..., Any]) -> bool:
     while isinstance(fn, functools.partial):
         fn = fn.func
     return inspect.iscoroutinefunction(fn) or inspect.iscoroutinefunction(getattr(fn, "__call__", None))  # noqa: B004
 
 
-def _parameters(fn: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
+def parameters_of(fn: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
     """The parameters of a function; none where it does not tell (some built into Python)."""
     try:
         return inspect.signature(fn).parameters
@@ -218,11 +218,11 @@ def _parameters(fn: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
         return {}
 
 
-def _takes_any(parameters: Mapping[str, inspect.Parameter]) -> bool:
+def takes_any(parameters: Mapping[str, inspect.Parameter]) -> bool:
     return any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
 
 
-def _required(parameters: Mapping[str, inspect.Parameter]) -> list[str]:
+def required(parameters: Mapping[str, inspect.Parameter]) -> list[str]:
     optional = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
     return [
         name
@@ -235,10 +235,10 @@ def _check_arguments(fn: Callable[..., Any], name: str) -> None:
     """Raises RebelError where the function cannot be called as reward functions are, whatever the dataset."""
     if inspect.isclass(fn):
         raise RebelError(f"the reward function {name} is a class; make an object of it and name that instead")
-    parameters = _parameters(fn)
+    parameters = parameters_of(fn)
     by_position = [p for p in parameters.values() if p.kind is p.POSITIONAL_ONLY and p.default is p.empty]
     refused = [passed for passed in PASSED if passed not in parameters]
-    if by_position or (parameters and refused and not _takes_any(parameters)):
+    if by_position or (parameters and refused and not takes_any(parameters)):
         raise RebelError(
             f"the reward function {name} takes ({', '.join(map(str, parameters))}), but it is called by name with "
             f"{', '.join(PASSED)} and the dataset's columns: name those it needs and end its arguments with **kwargs"

@@ -47,10 +47,10 @@ def as_reward(
 def load_reward(spec: str, notes: Notes | None = None, **model_settings: Any) -> Reward:
     """The reward of that name. `model_settings` are those of RewardModel, should it be a model."""
     folder = Path(spec).expanduser()
-    function = _named(spec) or (None if folder.is_dir() else _in_file(spec) or _in_module(spec))
+    function = _named(spec) or (None if folder.is_dir() else function_of(spec))
     if function is not None:
         return PerCompletion(function, notes=notes or Notes())
-    if folder.is_dir() or _may_be_on_hub(spec):
+    if folder.is_dir() or may_be_on_hub(spec):
         return RewardModel(folder if folder.is_dir() else spec, **model_settings)
     raise RebelError(f"--reward_funcs {spec} is neither a function nor a model{_nearest(spec, _names())}; {KINDS}")
 
@@ -76,28 +76,33 @@ def _named(spec: str) -> Callable[..., Any] | None:
     return getattr(trl.rewards, spec)
 
 
-def _in_file(spec: str) -> Callable[..., Any] | None:
+def function_of(spec: str, flag: str = "--reward_funcs") -> Callable[..., Any] | None:
+    """The function of file.py:function or package.module:function; None where the text is neither."""
+    return _in_file(spec, flag) or _in_module(spec, flag)
+
+
+def _in_file(spec: str, flag: str) -> Callable[..., Any] | None:
     """The function of file.py:function."""
     file, _, name = spec.rpartition(":")
     if spec.endswith(".py"):
-        raise RebelError(f"--reward_funcs {spec} names no function of that file; give {spec}:function")
+        raise RebelError(f"{flag} {spec} names no function of that file; give {spec}:function")
     if not file.endswith(".py"):
         return None
     path = Path(file).expanduser().resolve()
     if not path.is_file():
-        raise RebelError(f"--reward_funcs {spec}: there is no file {file}")
+        raise RebelError(f"{flag} {spec}: there is no file {file}")
     _findable(path.parent)
-    return _member(_imported(spec, functools.partial(_run_file, path, path.stat().st_mtime_ns)), name, spec)
+    return _member(_imported(spec, functools.partial(_run_file, path, path.stat().st_mtime_ns), flag), name, spec, flag)
 
 
-def _in_module(spec: str) -> Callable[..., Any] | None:
+def _in_module(spec: str, flag: str) -> Callable[..., Any] | None:
     """The function of package.module:function, or of package.module.function as TRL's command line has it."""
     separator = ":" if ":" in spec else "."
     module, _, name = spec.rpartition(separator)
     if not all(part.isidentifier() for part in [*module.split("."), name]):
         return None
     _findable(Path.cwd())
-    return _member(_imported(spec, functools.partial(importlib.import_module, module)), name, spec)
+    return _member(_imported(spec, functools.partial(importlib.import_module, module), flag), name, spec, flag)
 
 
 def _findable(folder: Path) -> None:
@@ -117,21 +122,21 @@ def _run_file(path: Path, changed: int) -> ModuleType:
     return module
 
 
-def _imported(spec: str, load: Callable[[], ModuleType]) -> ModuleType:
+def _imported(spec: str, load: Callable[[], ModuleType], flag: str) -> ModuleType:
     try:
         return load()
     except (Exception, SystemExit) as error:
         reason = (str(error).strip() or "no reason given").splitlines()[-1]
-        raise RebelError(f"--reward_funcs {spec} cannot be imported: {type(error).__name__}: {reason}") from error
+        raise RebelError(f"{flag} {spec} cannot be imported: {type(error).__name__}: {reason}") from error
 
 
-def _member(module: ModuleType, name: str, spec: str) -> Callable[..., Any]:
+def _member(module: ModuleType, name: str, spec: str, flag: str) -> Callable[..., Any]:
     if not hasattr(module, name):
         functions = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
-        raise RebelError(f"--reward_funcs {spec}: there is no {name!r} in it{_nearest(name, functions)}")
+        raise RebelError(f"{flag} {spec}: there is no {name!r} in it{_nearest(name, functions)}")
     found = getattr(module, name)
     if not callable(found):
-        raise RebelError(f"--reward_funcs {spec} is of type {type(found).__name__}, not a function")
+        raise RebelError(f"{flag} {spec} is of type {type(found).__name__}, not a function")
     return found
 
 
@@ -140,6 +145,6 @@ def _nearest(name: str, known: Iterable[str]) -> str:
     return f" (did you mean {near[0]}?)" if near else ""
 
 
-def _may_be_on_hub(spec: str) -> bool:
+def may_be_on_hub(spec: str) -> bool:
     owner, _, name = spec.partition("/")
     return bool(owner.strip(".~") and name and "/" not in name)

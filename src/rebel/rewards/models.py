@@ -47,7 +47,7 @@ class RewardModel:
         if not isinstance(model, PreTrainedModel):
             model = _load_model(source, dtype, trust_remote_code)
         _check_labels(model.config, source)
-        self.device = torch.device(device or _default_device())
+        self.device = torch.device(device or default_device())
         # transformers' annotation of `to` takes the device for self
         self.model = model.to(self.device).eval().requires_grad_(False)  # pyright: ignore[reportArgumentType]
         self.tokens_per_batch = tokens_per_batch
@@ -141,8 +141,12 @@ def _load_model(source: str, dtype: str | torch.dtype, trust_remote_code: bool) 
 
 
 def _not_loaded(source: str, what: str, error: Exception) -> RebelError:
-    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-    return RebelError(f"--reward_funcs {source}: its {what} cannot be loaded: {reason}")
+    return RebelError(f"--reward_funcs {source}: its {what} cannot be loaded: {reason_of(error)}")
+
+
+def reason_of(error: Exception) -> str:
+    """The first line of what a library says."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _check_labels(config: Any, source: str) -> None:
@@ -154,7 +158,7 @@ def _check_labels(config: Any, source: str) -> None:
         )
 
 
-def _default_device() -> torch.device:
+def default_device() -> torch.device:
     found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     return found or torch.device("cpu")
 
