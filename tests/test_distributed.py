@@ -35,6 +35,10 @@ RUNS: dict[str, dict[str, Any]] = {
         **{"tokens_per_micro_batch": 40, "pairing": "extremes", "iterations": None},
     },
     "lora": {"prompts_per_iteration": 3, "steps_per_iteration": 2, "tokens_per_micro_batch": 40, "beta": 0.1},
+    "judged": {
+        **{"prompts_per_iteration": 4, "steps_per_iteration": 2},
+        **{"eval_against": "initial", "eval_judge": f"{tiny.__file__}:longer"},
+    },
 }
 COMMON: dict[str, Any] = {"iterations": 2, "save_steps": 1, "eval_steps": 1}
 

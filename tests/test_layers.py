@@ -23,13 +23,13 @@ ORDER = """
     against measures way checkpoint collect evaluators fit rounds
     train
     convert config from_trl settings validate model_card plan trackers signals loading record large_batch
-    judging build_win_rates build job drawn_elsewhere rollout_job
+    build_win_rates judging build job drawn_elsewhere rollout_job
     stages versus trainer tasks doctor cli __main__
 """
 """Modules and packages from the inside to the outside: each may import those before it, and no other."""
 
 SEE_CONFIG = """
-    from_trl settings validate model_card plan trackers record large_batch judging build_win_rates build job rollout_job
+    from_trl settings validate model_card plan trackers record large_batch build_win_rates judging build job rollout_job
     versus trainer tasks
 """
 """What is about settings, or puts a run together from them. The method, its parts and the loop are not."""

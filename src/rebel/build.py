@@ -40,7 +40,7 @@ from rebel.evaluators import ByReward
 from rebel.fit import Regression
 from rebel.iterates import FOLDER as ITERATES
 from rebel.iterates import Iterates
-from rebel.judging import build_evaluator, build_judge
+from rebel.judging import build_evaluator, judge_of_evaluation
 from rebel.large_batch import build_rounds, in_rounds, in_words, iterations_of_rounds, round_size, whose
 from rebel.learner import Learner, learner
 from rebel.loading import loaded
@@ -352,7 +352,7 @@ def build_job(
     recorder = Recorder(
         config, folder, terminal, trackers, mover, save, len(training), notes.take_metrics, iterates=iterates
     )
-    compares = build_judge(config, notes, held_out)
+    compares = judge_of_evaluation(config, notes, held_out)
     parts = (training, held_out)
     run = build_run(config, mover, reference, judge or unscored, parts, recorder, compares, iterates, terminal.say)
     if isinstance(run.collector, Rounds):

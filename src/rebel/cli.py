@@ -228,7 +228,8 @@ def _add_sample(commands: Any) -> None:
 
 EVALUATE = {
     "against": "a run, a model, or `references`: written completions in the data (default: what the run began with)",
-    "judge": "file.py:function of (prompts, first, second, **columns) -> P(first is better), or reward:REWARD",
+    "judge": "file.py:function of (prompts, first, second, **columns) -> P(first is better), openai:MODEL, a table "
+    "(.json), a model's folder or name, or reward:REWARD, of which the higher wins",
     "reference_column": "column of `references` (default: reference)",
     "completions": "completions of each prompt (default: 1)",
     "examples": "pairs to show (default: 4)",
@@ -251,6 +252,12 @@ EVALUATION = (
     "sampling_batch",
     "use_cpu",
     "seed",
+    "judge_template",
+    "judge_base_url",
+    "judge_api_key_env",
+    "judge_args",
+    "judge_concurrency",
+    "judge_deadline",
 )
 """Settings of a run that `rebel evaluate` may change."""
 
@@ -264,10 +271,12 @@ def _add_evaluate(commands: Any) -> None:
     for name, text in EVALUATE.items():
         more: Any = {"type": int, "metavar": "INT"} if name in LEAST else {"metavar": "TEXT"}
         evaluate.add_argument(f"--{name}", help=text, required=name == "judge", default=argparse.SUPPRESS, **more)
+    about = "evaluate the mixture of the iterates that the run kept by --mixture K, and not the saved model"
+    evaluate.add_argument("--mixture", action="store_true", help=about)
     group = evaluate.add_argument_group("settings of the run, over those it was trained with")
     for name in EVALUATION:
         _add_setting(group, known()[name])
-    evaluate.set_defaults(options=(*EVALUATE, *EVALUATION))
+    evaluate.set_defaults(options=(*EVALUATE, "mixture", *EVALUATION))
 
 
 def _add_report(commands: Any) -> None:
@@ -350,10 +359,10 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     for name, least in LEAST.items():
         if asked.get(name, least) < least:
             raise RebelError(f"--{name} {asked[name]}: use {least} or more")
-    validate(replace(resolve(given), iterations=1), inputs=False)
+    validate(replace(resolve(given), iterations=1, judge=asked["judge"]), inputs=False)
     from rebel.versus import Request, compare
 
-    compare(Request(run=arguments.run, **asked), given)
+    compare(Request(run=arguments.run, mixture=arguments.mixture, **asked), given)
     return 0
 
 
