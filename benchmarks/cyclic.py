@@ -38,7 +38,7 @@ from rebel.types import Prompt
 
 STYLES = ("fond", "day", "plain")
 RUNS = story.RESULTS / "cyclic.jsonl"
-ITERATIONS, PROMPTS, GROUP, TOKENS = 60, 16, 8, 32
+ITERATIONS, PROMPTS, GROUP, TOKENS = 120, 16, 8, 32
 PER_PROMPT = 8
 """Completions of each held-out prompt in an evaluation."""
 
@@ -203,7 +203,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def rounded(values: Mapping[str, Any]) -> dict[str, Any]:
-    return {k: round(v, 3) if isinstance(v, float) else v for k, v in values.items()}
+    return {k: round(v, 6) if isinstance(v, float) else v for k, v in values.items()}
 
 
 ROWS = ("initial", "REBEL, mixture", "REBEL, last", "REBEL, averaged weights", "DPO")
@@ -233,10 +233,10 @@ def main() -> None:
     parser.add_argument("what", choices=["run", "table"])
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--iterations", type=int, default=ITERATIONS)
-    parser.add_argument("--eta", type=float, default=2.0)
+    parser.add_argument("--eta", type=float, default=10.0)
     parser.add_argument("--adam_beta1", type=float, default=0.0)
     parser.add_argument("--passes", type=int, default=1)
-    parser.add_argument("--learning_rate", type=float, default=1e-4)
+    parser.add_argument("--learning_rate", type=float, default=5e-5)
     parser.add_argument("--dpo_beta", type=float, default=0.1)
     parser.add_argument("--dpo_learning_rate", type=float, default=1e-4)
     parser.add_argument("--dpo_epochs", type=float, default=1.0)
