@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import tiny
@@ -23,9 +24,9 @@ from rebel.policies.causal_lm import (
     check_head,
     frozen_copy,
     initial_adapter,
-    pad_right,
     without_adapter,
 )
+from rebel.policies.rows import Padded, SharedPrefix, padded
 from rebel.types import LogProb, Policy, Prompt, TokenTrace
 
 KINDS = list(CONFIGS)
@@ -154,7 +155,7 @@ def test_several_written_stretches_are_the_sum_of_their_tokens() -> None:
 
 def test_masks_come_from_lengths_and_never_from_token_values() -> None:
     traces = [TokenTrace((PAD, BOS), (PAD, EOS, PAD, 7, EOS)), TokenTrace((PAD,), (PAD,)), tiny.trace(4, 6)]
-    ids, written = pad_right(traces, torch.device("cpu"))
+    ids, written = padded(traces, torch.device("cpu"))
     assert written.sum(dim=1).tolist() == [5, 1, 6]
     assert written.nonzero()[:5, 1].tolist() == [2, 3, 4, 5, 6]
     assert ids[0, :7].tolist() == [PAD, BOS, PAD, EOS, PAD, 7, EOS]
@@ -188,13 +189,83 @@ def test_chunks_change_neither_values_nor_gradients(kind: str, monkeypatch: pyte
     torch.testing.assert_close(chunked_gradients, gradients, rtol=1e-10, atol=1e-10)
 
 
+# -- a prompt shared by its completions ----------------------------------------------------------------------------
+
+
+def families(seed: int = 0) -> list[TokenTrace]:
+    """Completions of three prompts of different lengths, in mixed order; one of a single token, one with a gap."""
+    prompts = [tiny.trace(length, 1, seed=seed + 50 + length).prompt for length in (9, 2, 5)]
+    lengths = [(0, 4), (1, 7), (0, 1), (2, 6), (0, 9), (2, 3), (1, 1)]
+    traces = [TokenTrace(prompts[k], tiny.trace(1, n, seed=seed + n).completion) for k, n in lengths]
+    return [
+        *traces,
+        TokenTrace(prompts[0], traces[4].completion, (True, True, False, False, True, True, True, False, True)),
+    ]
+
+
+def gradients(policy: CausalLM, traces: list[TokenTrace]) -> tuple[Tensor, dict[str, Tensor]]:
+    policy.model.zero_grad()
+    logp = policy.backward(traces, lambda logp: logp.cos(), lambda loss: loss.backward())
+    return logp, {n: p.grad.clone() for n, p in policy.model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_shared_prompt_changes_neither_values_nor_gradients(kind: str) -> None:
+    # in double too, transformers' norms and rotations are in fp32
+    for policy, tolerance in ((tiny.policy(kind, 0.7), 1e-5), (in_double(kind, 0.7), 1e-6)):
+        assert policy.shared_prefix, "the architecture can go on from one pass over a prompt"
+        traces = families()
+        assert isinstance(policy.rows(traces), SharedPrefix)
+        logp, gradient = gradients(policy, traces)
+        apart, expected = gradients(replace(policy, shared_prefix=False), traces)
+        torch.testing.assert_close(logp, apart, rtol=tolerance, atol=10 * tolerance)
+        assert gradient.keys() == expected.keys()
+        for name, value in expected.items():
+            assert (gradient[name] - value).norm() <= tolerance * max(value.norm(), 1.0), name
+
+
+def test_a_shared_prompt_goes_through_the_model_once() -> None:
+    policy = tiny.policy()
+    seen: list[int] = []
+    policy.bare.causal.get_input_embeddings().register_forward_hook(lambda m, i, o: seen.append(i[0].numel()))
+    traces = [TokenTrace(tuple(range(10, 22)), (5, 6, 7 + k)) for k in range(8)]
+    policy.log_prob(traces)
+    assert seen == [12, 8 * 2], "the prompt, and all but the last token of every completion"
+    assert policy.cost(traces) == 12 + 8 * 3
+    assert policy.cost([tiny.trace(2, 9), tiny.trace(7, 3, seed=1)]) == 22, "nothing to share: padded rows"
+
+
+def test_divergence_does_not_depend_on_the_layout() -> None:
+    policy = with_lora(in_double("llama", 0.7))
+    before = [weight.detach().clone() for weight in policy.scorer.parameters() if weight.requires_grad]
+    train_a_little(policy)
+    apart = replace(policy, shared_prefix=False).divergence(families(), before)
+    assert apart.min() > 1e-4
+    torch.testing.assert_close(policy.divergence(families(), before), apart, rtol=1e-8, atol=1e-10)
+
+
+def test_a_model_that_cannot_share_a_prompt_computes_whole_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong(self: SharedPrefix, *given: object) -> Tensor:
+        return right(self._replace(real=torch.ones_like(self.real)), *given)
+
+    right = SharedPrefix.after_prompts
+    assert tiny.policy().shared_prefix
+    monkeypatch.setattr(SharedPrefix, "after_prompts", wrong)
+    assert not tiny.policy().shared_prefix, "padding that is attended to is noticed"
+    monkeypatch.setattr(SharedPrefix, "after_prompts", lambda *_: 1 / 0)
+    policy = tiny.policy()
+    assert not policy.shared_prefix
+    assert isinstance(policy.rows(families()), Padded)
+
+
 # -- what models and tokenizers there are --------------------------------------------------------------------------
 
 
 def test_it_is_a_policy_and_costs_tokens() -> None:
     policy = tiny.policy()
     assert isinstance(policy, Policy)
-    assert policy.cost(tiny.trace(4, 6)) == 10
+    assert policy.cost([tiny.trace(4, 6)]) == 10
+    assert policy.cost([tiny.trace(4, 6), tiny.trace(2, 9)]) == 22, "two rows, padded to the longer one"
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "gemma2"])

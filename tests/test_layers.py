@@ -18,17 +18,17 @@ ROOT = Path(rebel.__file__).parent
 ORDER = """
     types errors
     pairing algorithm margins
-    stepsize data iterates evaluate report rewards policies samplers learner
-    measures way checkpoint collect fit
+    stepsize data winrates iterates evaluate report rewards policies samplers micro_batches learner
+    against measures way checkpoint collect evaluators fit
     train
-    convert config from_trl settings validate model_card plan trackers record
-    preferences build job
-    trainer tasks doctor cli __main__
+    convert config from_trl settings validate model_card plan trackers loading record
+    judging build_win_rates build job
+    stages versus trainer tasks doctor cli __main__
 """
 """Modules and packages from the inside to the outside: each may import those before it, and no other."""
 
 SEE_CONFIG = """
-    from_trl settings validate model_card plan trackers record preferences build job trainer tasks
+    from_trl settings validate model_card plan trackers record judging build_win_rates build job versus trainer tasks
 """
 """What is about settings, or puts a run together from them. The method, its parts and the loop are not."""
 
@@ -40,12 +40,16 @@ FOREIGN = {
     "algorithm": PURE,
     "margins": PURE,
     "stepsize": set(),
+    "micro_batches": set(),
     "evaluate": PURE,
     "measures": PURE,
     "way": set(),
     "fit": PURE,
     "train": set(),
-    "collect": {"accelerate"},
+    "collect": {"accelerate", "torch"},
+    "evaluators": {"accelerate"},
+    "winrates": {"numpy", "scipy"},
+    "against": set(),
     "learner": PURE | {"accelerate"},
     "checkpoint": {"torch", "numpy", "safetensors"},
     "data": {"torch", "datasets"},
@@ -130,7 +134,7 @@ def test_only_what_is_about_settings_sees_them() -> None:
 
 def test_the_loop_sees_protocols_and_no_model_sampler_or_reward() -> None:
     pure = {"rewards.groups"}  # arithmetic on scored groups
-    for name in ("algorithm", "learner", "measures", "way", "fit", "collect", "train"):
+    for name in ("algorithm", "learner", "measures", "way", "fit", "collect", "evaluators", "train"):
         seen = {i.removeprefix("rebel.") for i, _ in imports(files()[name]) if i.startswith("rebel.")}
         concrete = {i for i in seen - pure if part(i) in ("policies", "samplers", "rewards", "report", "trackers")}
         assert not concrete, f"{name} imports {concrete}"

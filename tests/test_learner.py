@@ -16,7 +16,8 @@ from rebel.algorithm import Weigh, collate, rebel_loss, regress, regression_batc
 from rebel.build import build_accelerator
 from rebel.config import RebelConfig
 from rebel.errors import RunStopped
-from rebel.learner import Learner, fill, learner, plan, share
+from rebel.learner import Learner, learner
+from rebel.micro_batches import bundles, fill, parts, pieces_of, plan, share
 from rebel.pairing import all_pairs, best_against_worst
 from rebel.policies.causal_lm import causal_lm
 from rebel.types import Completion, Pairing, Prompt, RegressionBatch, Rollout, Scored, TokenTrace
@@ -175,13 +176,24 @@ def test_a_launcher_that_speaks_of_gradient_accumulation_changes_nothing(monkeyp
 # -- the plan -------------------------------------------------------------------------------------------------------
 
 
+def padded_cost(costs: Sequence[int]) -> int:
+    """Traces that are as long as they cost, padded to the longest of them."""
+    return len(costs) * max(costs)
+
+
+def prefix_cost(traces: Sequence[tuple[str, int]]) -> int:
+    """Traces (prompt, length) whose prompts are as long as their text, each computed once."""
+    prompts = {prompt for prompt, _ in traces}
+    return sum(map(len, prompts)) + sum(length for _, length in traces)
+
+
 def test_every_trace_is_in_one_micro_batch_and_no_budget_is_passed() -> None:
     source = random.Random(1)
     for _ in range(300):
         groups = [[source.randint(1, 40) for _ in range(source.randint(2, 9))] for _ in range(source.randint(1, 8))]
         costs = [cost for group in groups for cost in group]
         budget = source.choice([1, 30, 60, 100, 250, 1000])
-        pieces = plan(groups, budget)
+        pieces = plan(groups, padded_cost, budget)
         assert sorted(place for piece in pieces for place in piece.traces) == list(range(len(costs)))
         for piece in pieces:
             padded = len(piece.traces) * max(costs[place] for place in piece.traces)
@@ -190,17 +202,30 @@ def test_every_trace_is_in_one_micro_batch_and_no_budget_is_passed() -> None:
                 assert len(piece.traces) == sum(len(groups[k]) for k in piece.groups)
 
 
-def test_a_plan_fills_its_micro_batches() -> None:
-    assert len(plan([[10] * 8] * 16, budget=320)) == 4
-    assert len(plan([[10] * 8] * 16, budget=10**6)) == 1
-    assert [len(piece.traces) for piece in plan([[10] * 8], budget=30)] == [3, 3, 2]
+def test_a_plan_fills_its_micro_batches_evenly() -> None:
+    assert len(plan([[10] * 8] * 16, padded_cost, budget=320)) == 4
+    assert len(plan([[10] * 8] * 16, padded_cost, budget=10**6)) == 1
+    assert [len(piece.traces) for piece in plan([[10] * 8] * 9, padded_cost, budget=640)] == [40, 32]
+    assert [len(piece.traces) for piece in plan([[10] * 8], padded_cost, budget=30)] == [3, 3, 2]
     costs = [[len(trace) for trace in group] for group in traces_of(ragged())]
-    assert {piece.groups is None for piece in plan(costs, 31)} == {True, False}, "both kinds are tested above"
-    assert fill([[5], [1], [9], [5]], budget=10) == [[2], [0, 3], [1]]
+    assert {piece.groups is None for piece in plan(costs, padded_cost, 31)} == {True, False}, "both are tested above"
+    assert fill([[5], [1], [9], [5]], padded_cost, budget=10) == [[2], [0, 3], [1]]
+
+
+def test_traces_that_cost_less_together_stay_together_as_far_as_they_fit() -> None:
+    traces = [("aaaaaaaa", 2), ("aaaaaaaa", 3), ("aaaaaaaa", 2), ("bbbb", 1), ("cccc", 1), ("cccc", 9)]
+    assert [len(run) for run in bundles(traces, prefix_cost)] == [3, 1, 2]
+    assert [len(run) for run in bundles([5, 5, 5], padded_cost)] == [1, 1, 1]
+    assert parts(traces[:3], prefix_cost, budget=13) == [slice(0, 1), slice(1, 3)]
+    for budget in (1, 12, 13, 15, 30, 100):
+        pieces = pieces_of(traces, prefix_cost, budget)
+        assert sorted(place for piece in pieces for place in piece.traces) == list(range(6))
+        assert all(len(p.traces) == 1 or prefix_cost([traces[i] for i in p.traces]) <= budget for p in pieces)
+    assert (0, 1, 2) in [piece.traces for piece in pieces_of(traces, prefix_cost, 15)]
 
 
 def test_processes_do_the_same_number_of_micro_batches_and_all_of_them() -> None:
-    pieces = plan([[10, 12], [9, 9], [30, 2], [7, 7], [8, 1]], budget=1)
+    pieces = plan([[10, 12], [9, 9], [30, 2], [7, 7], [8, 1]], padded_cost, budget=1)
     for world in (1, 2, 3, 4, 16):
         shares = [share(pieces, rank, world) for rank in range(world)]
         assert len({len(own) for own in shares}) == 1

@@ -21,7 +21,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
-from rebel import checkpoint, fit, job, train
+from rebel import checkpoint, fit, job
 from rebel.build import Job
 from rebel.cli import main
 from rebel.errors import RebelError, RunStopped
@@ -462,8 +462,8 @@ def test_without_early_stop_every_group_is_trained_on_once_a_pass(tmp_path: Path
 def drawn_with(folder: Path, **settings: Any) -> tuple[list[Any], list[Any]]:
     """All groups and the kept ones of one iteration of a policy that ends often."""
     made = tiny.job(folder, prompts_per_iteration=15, **settings)
-    object.__setattr__(made.run.source.sampler.policy, "eos_ids", frozenset(range(2, 9)))
-    drawn = train.draw(made.run, checkpoint.Progress())
+    object.__setattr__(made.run.collector.source.sampler.policy, "eos_ids", frozenset(range(2, 9)))
+    drawn = made.run.collector(made.run.learner, checkpoint.Progress(), 0, made.recorder)
     return drawn.groups, drawn.kept
 
 

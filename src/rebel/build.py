@@ -31,19 +31,22 @@ from transformers import (
     get_scheduler,
 )
 
-from rebel.collect import Source
+from rebel.build_win_rates import for_evaluation, win_rates
+from rebel.collect import Online, Source
 from rebel.config import RebelConfig
 from rebel.data import PromptStream, load_prompts, that_fit
 from rebel.errors import RebelError
+from rebel.evaluators import ByReward
 from rebel.fit import Regression
 from rebel.iterates import FOLDER as ITERATES
 from rebel.iterates import Iterates
+from rebel.judging import build_evaluator, build_judge
 from rebel.learner import Learner, learner
+from rebel.loading import loaded
 from rebel.model_card import model_card
 from rebel.pairing import all_pairs, best_against_worst, random_pairs
-from rebel.plan import describe, estimate
+from rebel.plan import describe, estimate, layout_in_words
 from rebel.policies.causal_lm import CausalLM, LanguageModel, causal_lm, frozen_copy, initial_adapter, without_adapter
-from rebel.preferences import for_evaluation, win_rates
 from rebel.record import Recorder
 from rebel.report import Terminal
 from rebel.rewards.combine import Weighted
@@ -54,7 +57,7 @@ from rebel.samplers.mixture import Mixture
 from rebel.stepsize import AutoEta, GivenEta, StepRule
 from rebel.trackers import Trackers, training_arguments
 from rebel.train import Hooks, Run
-from rebel.types import LogProb, Pairing, Prompt, Reward
+from rebel.types import Judge, LogProb, Pairing, Prompt, Reward
 
 PAIRINGS: dict[str, Pairing] = {"all": all_pairs, "extremes": best_against_worst, "random": random_pairs}
 
@@ -93,17 +96,6 @@ def weight_type(config: RebelConfig) -> str | torch.dtype:
     return "auto" if config.use_peft or config.adapter_path else torch.float32
 
 
-def loaded(name: str, what: str, load: Callable[[], Any]) -> Any:
-    """What transformers loads, or an error in one line."""
-    if name.startswith((".", "/", "~")) and not Path(name).expanduser().exists():
-        raise RebelError(f"--model_name_or_path {name}: there is no such folder")
-    try:
-        return load()
-    except Exception as error:  # of many kinds: files, network, configuration
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise RebelError(f"--model_name_or_path {name}: its {what} cannot be loaded: {reason}") from error
-
-
 def build_tokenizer(config: RebelConfig) -> PreTrainedTokenizerBase:
     name = str(config.model_name_or_path)
     load = partial(AutoTokenizer.from_pretrained, name, trust_remote_code=config.trust_remote_code)
@@ -126,9 +118,10 @@ def with_adapter(model: PreTrainedModel, config: RebelConfig, lora: PeftConfig |
 
 def build_policy(model: LanguageModel, tokenizer: PreTrainedTokenizerBase, config: RebelConfig) -> CausalLM:
     policy = causal_lm(model, tokenizer, config.temperature, config.chat_template_kwargs)
-    if config.gradient_checkpointing:
+    if config.gradient_checkpointing:  # whose layers take no keys and values from a pass before
         policy.bare.causal.gradient_checkpointing_enable({"use_reentrant": False})
-    return policy
+    shared = policy.shared_prefix and config.shared_prefix and not config.gradient_checkpointing
+    return replace(policy, shared_prefix=shared)
 
 
 def build_reference(policy: CausalLM, config: RebelConfig) -> LogProb | None:
@@ -236,6 +229,7 @@ def build_run(
     reward: Reward,
     prompts: tuple[Sequence[Prompt], Sequence[Prompt]],
     hooks: Hooks,
+    judge: Judge | None = None,
     iterates: Iterates | None = None,
 ) -> Run:
     """A run over the parts."""
@@ -267,6 +261,7 @@ def build_run(
         # a mixture loads its iterates for each chunk, and fills its batches itself
         chunk=max(1, -(-len(prompts[1]) // source.world) if mixture else each),
     )
+    by_reward = ByReward(evaluation, prompts[1], mixture.scored if mixture else None)
     regression = Regression(
         steps=config.steps_per_iteration,
         passes=config.num_iterations,
@@ -277,17 +272,13 @@ def build_run(
     )
     return Run(
         learner=learner,
-        source=source,
+        collector=Online(source, config.prompts_per_iteration, config.replace_flat_groups),
         regression=regression,
         reference=reference,
-        evaluation=evaluation if prompts[1] else None,
-        evaluation_prompts=prompts[1],
-        prompts=config.prompts_per_iteration,
-        replace_flat=config.replace_flat_groups,
+        evaluator=build_evaluator(config, by_reward, judge, cool) if prompts[1] else None,
         max_failed=config.max_failed_rewards,
         seed=config.seed,
         hooks=hooks,
-        mixed=mixture.scored if mixture else None,
     )
 
 
@@ -330,7 +321,7 @@ def build_job(
     mover = build_learner(accelerator, policy, config, arguments, steps)
     main = accelerator.is_main_process
     trackers = Trackers(callbacks, arguments, policy.model, tokenizer, mover.optimizer, mover.scheduler, main)
-    terminal = Terminal(iterations, disable=config.disable_tqdm, silent=not main)
+    terminal = Terminal(iterations, disable=config.disable_tqdm, silent=not main, judged=bool(config.eval_against))
     notes = Notes(trainer_state=trackers.state)
     judge = reward(notes)
     judge.check(training)
@@ -340,9 +331,12 @@ def build_job(
     recorder = Recorder(
         config, folder, terminal, trackers, mover, save, len(training), notes.take_metrics, iterates=iterates
     )
-    run = build_run(config, mover, reference, judge, (training, held_out), recorder, iterates)
+    compares = build_judge(config, notes, held_out)
+    run = build_run(config, mover, reference, judge, (training, held_out), recorder, compares, iterates)
     memory = estimate(policy.model, config, reference_is_copy(reference, policy, config), mover.average > 0)
-    plan = describe(config, len(training), len(held_out), dropped, iterations, accelerator.num_processes, memory)
+    layout = layout_in_words(config, policy.shared_prefix)
+    world = accelerator.num_processes
+    plan = describe(config, len(training), len(held_out), dropped, iterations, world, memory, layout)
     return Job(config, run, recorder, judge, iterations, plan)
 
 

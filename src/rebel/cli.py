@@ -6,7 +6,9 @@ import argparse
 import os
 import re
 import sys
+import textwrap
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import groupby, zip_longest
 from pathlib import Path
@@ -16,6 +18,7 @@ from rebel.convert import NO, NOTHING, YES, shown
 from rebel.errors import RebelError, RunStopped
 from rebel.from_trl import translate_batch
 from rebel.settings import Setting, known, read_yaml, resolve, unknown
+from rebel.stages.settings import REWARD_MODEL, SFT, Stage, help_of, named, read_words
 from rebel.validate import validate
 
 EXAMPLES = """\
@@ -25,6 +28,7 @@ examples:
   rebel train --model_name_or_path MODEL --dataset_name data.jsonl --reward_funcs my.py:score --iterations 9
   rebel train rebel-run/config.yaml --resume
   rebel sample rebel-run --prompt "Once upon a time"
+  rebel evaluate rebel-run --judge my.py:better
 """
 
 TRAIN = (
@@ -66,8 +70,11 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("-V", "--version", action="store_true", help="show the version and exit")
     parser.set_defaults(command=partial(_alone, parser), options=("help", "version"))
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
-    for add in (_add_train, _add_quickstart, _add_sample, _add_report, _add_doctor):
+    for add in (_add_train, _add_stages, _add_quickstart, _add_sample, _add_evaluate, _add_report, _add_doctor):
         add(commands)
+    if argv and argv[0] in (SFT.name, REWARD_MODEL.name):  # whose flags are TRL's, and known once TRL is loaded
+        arguments, arguments.words = parser.parse_known_args(argv)
+        return arguments
     arguments, rest = parser.parse_known_args(list(spelled(argv)))
     if rest:
         raise RebelError(_unexpected(rest, arguments.options))
@@ -156,6 +163,18 @@ def _command(commands: Any, name: str, command: Any, about: str, usage: str | No
     return parser
 
 
+def _add_stages(commands: Any) -> None:
+    for stage, brief in (
+        (SFT, "train a model on written completions"),
+        (REWARD_MODEL, "train a reward model on pairs"),
+    ):
+        usage = f"rebel {stage.name} [config.yaml] [--SETTING VALUE ...]"
+        command = _command(commands, stage.name, partial(_stage, stage), brief, usage=usage)
+        command.description, command.epilog = textwrap.fill(stage.about, 110), help_of(stage)
+        command.formatter_class = argparse.RawDescriptionHelpFormatter
+        command.set_defaults(options=named(stage))
+
+
 def _add_quickstart(commands: Any) -> None:
     about = "see REBEL at work in a few minutes, without a download"
     quickstart = _command(commands, "quickstart", _quickstart, about)
@@ -174,6 +193,50 @@ def _add_sample(commands: Any) -> None:
     sample.add_argument("--max_new_tokens", type=int, help="longest completion (default: that of training)")
     sample.add_argument("--mixture", action="store_true", help="draw each from one of the iterates kept by --mixture K")
     sample.set_defaults(options=("prompt", "n", "temperature", "max_new_tokens", "mixture"))
+
+
+EVALUATE = {
+    "against": "a run, a model, or `references`: written completions in the data (default: what the run began with)",
+    "judge": "file.py:function of (prompts, first, second, **columns) -> P(first is better), or reward:REWARD",
+    "reference_column": "column of `references` (default: reference)",
+    "completions": "completions of each prompt (default: 1)",
+    "examples": "pairs to show (default: 4)",
+    "output_dir": "folder of the result (default: the run's)",
+}
+LEAST = {"completions": 1, "examples": 0}
+EVALUATION = (
+    "dataset_name",
+    "dataset_config",
+    "dataset_train_split",
+    "dataset_test_split",
+    "prompt_column",
+    "eval_prompts",
+    "max_prompt_length",
+    "max_completion_length",
+    "eval_temperature",
+    "reward_funcs",
+    "chat_template_kwargs",
+    "trust_remote_code",
+    "sampling_batch",
+    "use_cpu",
+    "seed",
+)
+"""Settings of a run that `rebel evaluate` may change."""
+
+
+def _add_evaluate(commands: Any) -> None:
+    about = "how often a judge prefers a policy's completions to another's"
+    usage = "rebel evaluate RUN [--against BASE] --judge JUDGE [--SETTING VALUE ...]"
+    evaluate = _command(commands, "evaluate", _evaluate, about, usage=usage)
+    evaluate.formatter_class = _wide
+    evaluate.add_argument("run", help="folder of a run or of a checkpoint, or a model")
+    for name, text in EVALUATE.items():
+        more: Any = {"type": int, "metavar": "INT"} if name in LEAST else {"metavar": "TEXT"}
+        evaluate.add_argument(f"--{name}", help=text, required=name == "judge", default=argparse.SUPPRESS, **more)
+    group = evaluate.add_argument_group("settings of the run, over those it was trained with")
+    for name in EVALUATION:
+        _add_setting(group, known()[name])
+    evaluate.set_defaults(options=(*EVALUATE, *EVALUATION))
 
 
 def _add_report(commands: Any) -> None:
@@ -198,6 +261,14 @@ def _train(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _stage(stage: Stage, arguments: argparse.Namespace) -> int:
+    given = read_words(arguments.words)
+    from rebel.stages.trainers import run_stage
+
+    run_stage(stage, given)
+    return 0
+
+
 def _quickstart(arguments: argparse.Namespace) -> int:
     from rebel.tasks.arithmetic import quickstart
 
@@ -218,6 +289,19 @@ def _sample(arguments: argparse.Namespace) -> int:
     drawn = sample(run, prompts, arguments.n, arguments.temperature, arguments.max_new_tokens, arguments.mixture)
     for prompt, completions in zip(prompts, drawn, strict=True):
         print(f"\n{prompt}", *(f"\n[{k}] {text}" for k, text in enumerate(completions, 1)), sep="\n")
+    return 0
+
+
+def _evaluate(arguments: argparse.Namespace) -> int:
+    asked = {name: value for name, value in vars(arguments).items() if name in EVALUATE}
+    given = {name: value for name, value in vars(arguments).items() if name in EVALUATION}
+    for name, least in LEAST.items():
+        if asked.get(name, least) < least:
+            raise RebelError(f"--{name} {asked[name]}: use {least} or more")
+    validate(replace(resolve(given), iterations=1), inputs=False)
+    from rebel.versus import Request, compare
+
+    compare(Request(run=arguments.run, **asked), given)
     return 0
 
 

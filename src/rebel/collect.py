@@ -3,20 +3,32 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Any, Protocol, runtime_checkable
 
 from accelerate.utils import gather_object
+from torch import Tensor
 
+from rebel.checkpoint import Progress
 from rebel.data import PromptStream, seed_of
 from rebel.errors import RebelError, RunStopped
+from rebel.learner import Learner
 from rebel.rewards.groups import Scale, drop_unfinished, flat, penalise_unfinished, scaled, usable
 from rebel.types import Prompt, Reward, Rollout, Sampler, Scored
 
 
 class Interrupted(Exception):
     """Asked to stop while nothing of the iteration had been learnt yet."""
+
+
+@runtime_checkable
+class Watch(Protocol):
+    """Whoever follows what is going on: it shows phases, and may ask for an end."""
+
+    def phase(self, name: str, total: int) -> AbstractContextManager[Callable[[int], None]]: ...
+    def stop(self) -> bool: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,12 +54,40 @@ class Source:
 
 @dataclass(frozen=True, slots=True)
 class Drawn:
-    """All groups of an iteration, those of them that are fit for the regression, and what it took."""
+    """All groups of an iteration, those of them that are fit for the regression, and what it took.
 
-    groups: list[Scored]
-    kept: list[Scored]
+    `anchor` has log pi_t of the kept groups, by index, where pi_t is no longer the policy as it is now. `fresh` is
+    false where the groups have been regressed before.
+    """
+
+    groups: Sequence[Scored]
+    kept: Sequence[Scored]
     sampling: float
     scoring: float
+    anchor: Mapping[int, Tensor] = field(default_factory=dict)
+    fresh: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Online:
+    """Every iteration draws the next prompts of the stream anew from the policy as it is now, which is pi_t."""
+
+    source: Source
+    prompts: int
+    replace_flat: float = 0.0
+
+    def __call__(self, learner: Learner, progress: Progress, seed: int, watch: Watch) -> Drawn:
+        self.source.sampler.refresh()
+        with watch.phase("sampling", self.prompts * self.source.group_size) as done:
+            return collect(
+                self.source,
+                start=progress.prompts_taken,
+                prompts=self.prompts,
+                replace_flat=self.replace_flat,
+                seed=seed,
+                stop=watch.stop,
+                done=done,
+            )
 
 
 def collect(

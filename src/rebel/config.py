@@ -133,6 +133,8 @@ class RebelConfig:
     """Passes (epochs) over the completions of one iteration. (TRL's default is 1.)"""
     tokens_per_micro_batch: int = 8192
     """Tokens in one forward pass; sets the memory of training, never its result."""
+    shared_prefix: bool = True
+    """Compute a prompt once for all its completions in a micro-batch, where model and settings allow it."""
     learning_rate: float = 1e-5
     """Peak learning rate."""
     lr_scheduler_type: str = "constant"
@@ -193,6 +195,13 @@ class RebelConfig:
     """Completions per prompt of an evaluation."""
     eval_temperature: float | None = None
     """Temperature of evaluation; 0 is greedy. Unset: the temperature of training."""
+    eval_against: str | None = None
+    """Evaluate by win rate too, against: initial (the policy before training), references (written completions in the
+    data), a run, or a model's name or folder."""
+    eval_judge: str | None = None
+    """Who compares for eval_against: file.py:function, or reward:NAME for a reward, of which the higher wins."""
+    reference_column: str = "reference"
+    """Column of the evaluation data with the references."""
     save_strategy: Literal["no", "steps"] = "steps"
     """Whether to write checkpoints during the run."""
     save_steps: int = 80

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
@@ -52,12 +52,16 @@ def fit(
     how: Regression,
     seed: int,
     phase: Phase,
+    known: Mapping[int, Tensor] | None = None,
 ) -> measures.Measures:
-    """Regress one iteration's groups onto their rewards; returns what was measured on the way."""
+    """Regress one iteration's groups onto their rewards; returns what was measured on the way.
+
+    pi_t is the policy as it is now, but for the groups whose log pi_t is `known`.
+    """
     began = time.perf_counter()
     held, minibatches = split(len(groups), how, seed)
     with phase("scoring", 1) as done:
-        problem = pose(learner, reference, groups, how, minibatches)
+        problem = pose(learner, reference, groups, how, minibatches, known or {})
         done(1)
     scored = time.perf_counter()
     with phase("training", len(minibatches)) as done:
@@ -99,11 +103,12 @@ def pose(
     groups: Sequence[Scored],
     how: Regression,
     minibatches: Sequence[Sequence[int]],
+    known: Mapping[int, Tensor],
 ) -> Problem:
     """Anchors of all but the first minibatch (which needs none), references of all, and the step."""
     everyone = range(len(groups))
-    unseen = [i for i in everyone if i not in set(minibatches[0])]
-    anchor = score(learner, learner.policy.log_prob, groups, unseen)
+    unseen = [i for i in everyone if i not in {*minibatches[0], *known}]
+    anchor = {**known, **score(learner, learner.policy.log_prob, groups, unseen)}
     given = score(learner, reference, groups, everyone) if reference else {}
     shaping = {i: anchor[i] - given[i] for i in anchor if i in given} if how.beta else {}
     variance = measures.margin_variance(groups, shaping, how.beta)

@@ -9,22 +9,22 @@ from pathlib import Path
 
 import datasets
 import transformers
-from peft import AutoPeftModelForCausalLM
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from torch import Tensor
 
-from rebel.build import Job, build_job, build_model, build_prompts, build_reward, build_tokenizer, loaded
+from rebel.build import Job, build_job, build_model, build_prompts, build_reward, build_tokenizer
+from rebel.build_win_rates import ANSWERS, JUDGED
 from rebel.checkpoint import Progress, all_checkpoints, load
 from rebel.config import RebelConfig
 from rebel.errors import RebelError, RunStopped
 from rebel.evaluate import text as text_of
 from rebel.iterates import FOLDER as ITERATES
-from rebel.iterates import Iterates, Weights
-from rebel.policies.causal_lm import causal_lm
-from rebel.preferences import ANSWERS, OPPONENTS
+from rebel.iterates import Iterates
+from rebel.loading import load_policy
 from rebel.record import (
     BEST,
     FAILED,
     METRICS,
+    OPPONENTS,
     SETTINGS,
     Recorder,
     checkpoint_to_resume,
@@ -138,7 +138,7 @@ def push(job: Job) -> str:
     name = job.config.hub_model_id or job.recorder.folder.name
     api = HfApi()
     repository = api.create_repo(name, exist_ok=True).repo_id
-    ignore = ["checkpoint-*/*", f"{BEST}/*", f"{ITERATES}/*", FAILED, ANSWERS, OPPONENTS]
+    ignore = ["checkpoint-*/*", f"{BEST}/*", f"{ITERATES}/*", FAILED, ANSWERS, JUDGED, OPPONENTS]
     return api.upload_folder(repo_id=repository, folder_path=job.recorder.folder, ignore_patterns=ignore)
 
 
@@ -153,22 +153,17 @@ def sample(
     """`rebel sample`: completions of the prompts by the tuned model of a run, or by the mixture of its iterates."""
     quiet()
     config = resolve(read_yaml(run_dir / SETTINGS)) if (run_dir / SETTINGS).exists() else RebelConfig()
-    adapter = (run_dir / "adapter_config.json").exists()
-    kind = AutoPeftModelForCausalLM if adapter else AutoModelForCausalLM
-    model = loaded(str(run_dir), "model", partial(kind.from_pretrained, run_dir))
-    tokenizer = loaded(str(run_dir), "tokenizer", partial(AutoTokenizer.from_pretrained, run_dir))
-    policy = causal_lm(model.eval(), tokenizer, chat_template_kwargs=config.chat_template_kwargs)
-    asked = [
-        Prompt(text if tokenizer.chat_template is None else [{"role": "user", "content": text}]) for text in prompts
-    ]
+    policy = load_policy(str(run_dir), config.chat_template_kwargs)
+    chat = policy.tokenizer.chat_template is not None
+    asked = [Prompt([{"role": "user", "content": text}] if chat else text) for text in prompts]
     heat = config.temperature if temperature is None else temperature
     draw: Sampler = Generate(policy, max_new_tokens or config.max_completion_length, heat)
     if mixture:
-        draw = Mixture(draw, stored_iterates(run_dir, dict(model.named_parameters())), config.sampling_batch)
+        draw = Mixture(draw, stored_iterates(run_dir, dict(policy.model.named_parameters())), config.sampling_batch)
     return [[text_of(c.content) for c in rollout.completions] for rollout in draw(asked, n, config.seed)]
 
 
-def stored_iterates(run_dir: Path, weights: Weights) -> Iterates:
+def stored_iterates(run_dir: Path, weights: dict[str, Tensor]) -> Iterates:
     iterates = Iterates(run_dir / ITERATES, weights)
     if not iterates.stored():
         raise RebelError(f"--mixture: {run_dir} has kept no iterates; train with --mixture K to keep some")

@@ -18,53 +18,8 @@ from torch import Tensor, nn
 
 from rebel.algorithm import Weigh
 from rebel.errors import RunStopped
+from rebel.micro_batches import Piece, pieces_of, plan, share
 from rebel.types import LogProb, Policy
-
-
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """A micro-batch: places of its traces in the minibatch, and of its groups if it holds them whole."""
-
-    traces: tuple[int, ...]
-    groups: tuple[int, ...] | None = None
-
-
-def fill(items: Sequence[Sequence[int]], budget: int) -> list[list[int]]:
-    """Items, each the costs of traces that stay together, packed into batches of at most `budget`.
-
-    A batch costs its number of traces times the dearest of them, to which the others are padded. Items of like cost
-    come together, and one beyond the budget is alone.
-    """
-    batches: list[list[int]] = []
-    count = dearest = 0
-    for item in sorted(range(len(items)), key=lambda i: -max(items[i])):
-        if not batches or (count + len(items[item])) * dearest > budget:
-            batches.append([])
-            count, dearest = 0, max(items[item])
-        batches[-1].append(item)
-        count += len(items[item])
-    return batches
-
-
-def plan(groups: Sequence[Sequence[int]], budget: int) -> list[Piece]:
-    """Micro-batches of a minibatch whose traces cost `groups`: whole groups where they fit, else single traces."""
-    starts = [sum(map(len, groups[:k])) for k in range(len(groups))]
-    places = [tuple(range(start, start + len(group))) for start, group in zip(starts, groups, strict=True)]
-    fits = [len(group) * max(group) <= budget for group in groups]
-    small = [k for k in range(len(groups)) if fits[k]]
-    whole = [[small[i] for i in batch] for batch in fill([groups[k] for k in small], budget)]
-    loose = [place for k in range(len(groups)) if not fits[k] for place in places[k]]
-    cost = [c for group in groups for c in group]
-    split = fill([[cost[place]] for place in loose], budget)
-    return [Piece(tuple(p for k in batch for p in places[k]), tuple(batch)) for batch in whole] + [
-        Piece(tuple(loose[i] for i in batch)) for batch in split
-    ]
-
-
-def share(pieces: Sequence[Piece], rank: int, world: int) -> list[Piece | None]:
-    """What one of `world` processes does: all do the same number, the missing ones are None (weight zero)."""
-    padded = [*pieces, *[None] * (-len(pieces) % world)]
-    return padded[rank::world]
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,8 +58,7 @@ class Learner:
     @torch.no_grad()
     def score(self, log_prob: LogProb, traces: Sequence[Any]) -> Float[Tensor, " N"]:
         """log pi(y|x) of the traces, in nats; every process scores its share and all get the numbers."""
-        costs = [[self.policy.cost(trace)] for trace in traces]
-        pieces = [Piece(tuple(batch)) for batch in fill(costs, self.budget)]
+        pieces = pieces_of(traces, self.policy.cost, self.budget)
         logp = self.zeros(len(traces))
         for piece in share(pieces, self.accelerator.process_index, self.accelerator.num_processes):
             places = piece.traces if piece else (0,)
@@ -121,7 +75,7 @@ class Learner:
         are scored first, without gradient; both give the same gradient.
         """
         traces = [trace for group in groups for trace in group]
-        pieces = plan([[self.policy.cost(trace) for trace in group] for group in groups], self.budget)
+        pieces = plan(groups, self.policy.cost, self.budget)
         given = self.weights_of_split_groups(groups, pieces, weigh)
         mine = share(pieces, self.accelerator.process_index, self.accelerator.num_processes)
         logp = self.zeros(len(traces))

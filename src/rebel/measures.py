@@ -77,12 +77,17 @@ def margin_variance(groups: Sequence[Scored], shaping: Mapping[int, Tensor], bet
 def of_fits(fits: Sequence[Fit], step: float) -> Measures:
     """Loss and R^2 of each minibatch before its first step, when it is still unseen: no sample is lost for it.
 
-    The first minibatch has nothing to explain it yet and is left out of R^2.
+    What is scored by pi_t itself has nothing to explain it yet and is left out of R^2.
     """
     return {
         "loss": mean(float(rebel_loss(fit.logp, fit.batch, step)) for fit in fits),
-        "r2_held_out": r_squared([fit for fit in fits[1:] if fit.fresh], step),
+        "r2_held_out": r_squared([fit for fit in fits if fit.fresh and not at_anchor(fit)], step),
     }
+
+
+def at_anchor(fit: Fit) -> bool:
+    """Whether the policy that a step saw was pi_t itself."""
+    return torch.equal(fit.logp, fit.batch.anchor_logp)
 
 
 def r_squared(fits: Sequence[Fit], step: float) -> float:

@@ -50,7 +50,14 @@ def estimate(model: LanguageModel, config: RebelConfig, reference_is_copy: bool,
 
 
 def describe(
-    config: RebelConfig, prompts: int, evaluated: int, dropped: int, iterations: int, world: int, memory: Memory
+    config: RebelConfig,
+    prompts: int,
+    evaluated: int,
+    dropped: int,
+    iterations: int,
+    world: int,
+    memory: Memory,
+    layout: str,
 ) -> list[str]:
     """The plan of a run, a line for each thing a user may want to check."""
     group, steps = config.num_generations, config.steps_per_iteration * config.num_iterations
@@ -69,9 +76,19 @@ def describe(
         f"{iterations * drawn:,} samples, "
         f"{iterations * config.prompts_per_iteration / max(prompts, 1):.2f} passes over the prompts",
         f"processes    {world}, micro-batches of at most {config.tokens_per_micro_batch:,} tokens "
-        "(no effect on the result)",
+        f"(no effect on the result), {layout}",
         f"memory       about {memory.total / GIB:.2f} GiB a process: " + breakdown(memory),
     ]
+
+
+def layout_in_words(config: RebelConfig, shared: bool) -> str:
+    """How often a prompt is computed, and why not once."""
+    if shared:
+        return "a prompt once for its completions"
+    if not config.shared_prefix:
+        return "a prompt anew for each completion (--shared_prefix false)"
+    reason = "--gradient_checkpointing" if config.gradient_checkpointing else "this model cannot share it"
+    return f"a prompt anew for each completion ({reason})"
 
 
 def step_in_words(config: RebelConfig) -> str:

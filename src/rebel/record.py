@@ -29,6 +29,7 @@ from rebel.trackers import Trackers
 
 METRICS, SAMPLES, SETTINGS, FAILED = "metrics.jsonl", "samples.jsonl", "config.yaml", "failed_reward.json"
 BEST = "best"
+OPPONENTS = "eval_opponents.jsonl"
 LEFTOVERS = (METRICS, SAMPLES, SETTINGS, FAILED, "report.html", "opponents.jsonl")
 
 FREE = frozenset(
@@ -38,9 +39,13 @@ FREE = frozenset(
         "iterations",
         "max_steps",
         "tokens_per_micro_batch",
+        "shared_prefix",
         "logging_steps",
         "eval_strategy",
         "eval_steps",
+        "eval_against",
+        "eval_judge",
+        "reference_column",
         "save_strategy",
         "save_steps",
         "save_total_limit",
@@ -92,7 +97,7 @@ def claim_folder(config: RebelConfig, resume: bool) -> Path:
 
 def clear(folder: Path) -> None:
     """Delete what a run of rebel left, and nothing else."""
-    for name in LEFTOVERS:
+    for name in (*LEFTOVERS, OPPONENTS):
         (folder / name).unlink(missing_ok=True)
     for old in [*checkpoint.all_checkpoints(folder), folder / BEST, folder / ITERATES]:
         shutil.rmtree(old, ignore_errors=True)

@@ -6,34 +6,44 @@ It sees protocols only; which model, sampler and rewards they are is `build`'s b
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 from rebel import measures
 from rebel.checkpoint import Progress
-from rebel.collect import Drawn, Interrupted, Source, collect, score_chunks
+from rebel.collect import Drawn, Interrupted, Watch
 from rebel.data import seed_of
 from rebel.errors import RunStopped
-from rebel.evaluate import Evaluation, LogProbs, evaluate
+from rebel.evaluate import Evaluation
 from rebel.fit import Regression, fit
 from rebel.learner import Learner
-from rebel.types import LogProb, Prompt
+from rebel.types import LogProb
 
 DRAW, SHUFFLE, EVALUATE = range(3)
 """Streams of random numbers that must not meet."""
 
 
 @runtime_checkable
-class Hooks(Protocol):
+class Hooks(Watch, Protocol):
     """Whoever watches over a run: it is told how it goes, keeps what resumes it, and may end it."""
 
-    def phase(self, name: str, total: int) -> AbstractContextManager[Callable[[int], None]]: ...
     def iterated(self, progress: Progress) -> None: ...
     def evaluation_is_due(self, progress: Progress) -> bool: ...
     def report(self, progress: Progress, metrics: dict[str, float], evaluation: Evaluation | None) -> None: ...
-    def stop(self) -> bool: ...
+
+
+@runtime_checkable
+class Collector(Protocol):
+    """The scored groups of an iteration, from wherever they come: drawn now, drawn before, or somebody else's."""
+
+    def __call__(self, learner: Learner, progress: Progress, seed: int, watch: Watch) -> Drawn: ...
+
+
+@runtime_checkable
+class Evaluator(Protocol):
+    """How good the policy is now. The same seed every time, so that evaluations differ by the policy alone."""
+
+    def __call__(self, learner: Learner, reference: LogProb | None, seed: int, watch: Watch) -> Evaluation: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,23 +51,13 @@ class Run:
     """What a run is made of."""
 
     learner: Learner
-    source: Source
+    collector: Collector
     regression: Regression
     reference: LogProb | None
-    evaluation: Source | None
-    evaluation_prompts: Sequence[Prompt]
-    prompts: int
-    replace_flat: float
+    evaluator: Evaluator | None
     max_failed: float
     seed: int
     hooks: Hooks
-    mixed: Callable[[LogProbs], LogProbs] | None = None
-    """Where the mixture of iterates is evaluated: its log-probabilities from those of the policy as it is."""
-
-    @property
-    def evaluated(self) -> str:
-        """Which policy evaluations are of."""
-        return "mixture" if self.mixed else "averaged" if self.learner.average else "last"
 
 
 def train(run: Run, progress: Progress, iterations: int) -> None:
@@ -79,31 +79,18 @@ def train(run: Run, progress: Progress, iterations: int) -> None:
 
 def iterate(run: Run, progress: Progress) -> measures.Measures:
     """One iteration of REBEL; moves `progress` on and returns what was measured."""
-    drawn = draw(run, progress)
+    drawn = run.collector(run.learner, progress, seed_of(run.seed, DRAW, progress.iteration), run.hooks)
     metrics = measures.of_draws(drawn.groups, drawn.kept)
     check_failures(metrics, drawn, run.max_failed)
     order = seed_of(run.seed, SHUFFLE, progress.iteration)
-    metrics |= fit(run.learner, run.reference, drawn.kept, run.regression, order, run.hooks.phase)
+    metrics |= fit(run.learner, run.reference, drawn.kept, run.regression, order, run.hooks.phase, drawn.anchor)
+    if not drawn.fresh:
+        metrics["r2_in_sample"] = metrics.pop("r2_held_out")
     progress.iteration += 1
     progress.step = run.learner.steps
     progress.samples += sum(len(group.rollout.completions) for group in drawn.groups)
     progress.prompts_taken += len(drawn.groups)
     return metrics | speeds(drawn, metrics)
-
-
-def draw(run: Run, progress: Progress) -> Drawn:
-    """The groups of this iteration, from the policy as it is now."""
-    run.source.sampler.refresh()
-    with run.hooks.phase("sampling", run.prompts * run.source.group_size) as done:
-        return collect(
-            run.source,
-            start=progress.prompts_taken,
-            prompts=run.prompts,
-            replace_flat=run.replace_flat,
-            seed=seed_of(run.seed, DRAW, progress.iteration),
-            stop=run.hooks.stop,
-            done=done,
-        )
 
 
 def check_failures(metrics: measures.Measures, drawn: Drawn, most: float) -> None:
@@ -129,26 +116,17 @@ def finish(run: Run, progress: Progress, metrics: measures.Measures, due: bool) 
     if progress.iteration:
         run.hooks.iterated(progress)
     evaluation = None
-    if run.evaluation and due:
-        with run.learner.use_average():
-            evaluation = run_evaluation(run, run.evaluation)
+    if run.evaluator and due:
+        evaluation = evaluated(run, run.evaluator)
         metrics["seconds/evaluation"] = time.perf_counter() - began
     metrics["seconds/total"] = sum((value for name, value in metrics.items() if name.startswith("seconds/")), 0.0)
     run.hooks.report(progress, metrics, evaluation)
 
 
-def run_evaluation(run: Run, source: Source) -> Evaluation:
-    """The same prompts with the same random numbers every time, so that evaluations differ by the policy alone."""
-    with run.hooks.phase("evaluating", len(run.evaluation_prompts) * source.group_size) as done:
-        groups, _, _ = score_chunks(source, run.evaluation_prompts, seed_of(run.seed, EVALUATE), done=done)
-
-    def scored_by(log_prob: LogProb) -> Callable:
-        return lambda traces: run.learner.score(log_prob, traces)
-
-    reference = scored_by(run.reference) if run.reference else None
-    own = scored_by(run.learner.policy.log_prob)
-    found = evaluate(groups, run.mixed(own) if run.mixed else own, reference)
-    return replace(found, policy=run.evaluated)
+def evaluated(run: Run, evaluator: Evaluator) -> Evaluation:
+    """The averaged iterate, if one is kept, else the last one, as the evaluator sees it."""
+    with run.learner.use_average():
+        return evaluator(run.learner, run.reference, seed_of(run.seed, EVALUATE), run.hooks)
 
 
 def speeds(drawn: Drawn, metrics: measures.Measures) -> measures.Measures:

@@ -23,7 +23,7 @@ from rebel.job import carry_out, push
 from rebel.policies.causal_lm import CausalLM, LanguageModel
 from rebel.record import checkpoint_to_resume, claim_folder
 from rebel.settings import resolve
-from rebel.train import run_evaluation
+from rebel.train import evaluated
 from rebel.types import Prompt
 from rebel.validate import validate
 
@@ -88,10 +88,9 @@ class RebelTrainer:
     def evaluate(self) -> dict[str, float]:
         """Reward on the evaluation prompts with its standard error, KL to the initial policy, lengths."""
         run = self.job.run
-        if run.evaluation is None:
+        if run.evaluator is None:
             raise RebelError("there is nothing to evaluate on: give an eval_dataset")
-        with run.learner.use_average():
-            return run_evaluation(run, run.evaluation).metrics
+        return evaluated(run, run.evaluator).metrics
 
     def save_model(self, output_dir: str | None = None) -> None:
         """Write the policy as Hugging Face loads it, with its tokenizer and a model card."""

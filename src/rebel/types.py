@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Generic, Protocol, TypeVar, runtime_checkable
 
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 Trace = TypeVar("Trace")
@@ -136,8 +136,8 @@ class Policy(Protocol[TraceIn]):
         """
         ...
 
-    def cost(self, trace: TraceIn) -> int:
-        """What a trace costs in a micro-batch: tokens for text, denoising steps for images."""
+    def cost(self, traces: Sequence[TraceIn]) -> int:
+        """What traces cost together in one micro-batch: tokens for text, denoising steps for images."""
         ...
 
 
@@ -180,9 +180,7 @@ class Judge(Protocol):
     Nothing requires that the preferences are transitive, or that they come from a reward.
     """
 
-    name: str
+    @property
+    def name(self) -> str: ...
 
     def __call__(self, comparisons: Sequence[Comparison]) -> list[float | None]: ...
-
-
-Keep = Bool[Tensor, " G"]

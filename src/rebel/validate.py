@@ -182,6 +182,12 @@ def _evaluation(config: RebelConfig) -> Complaints:
             f"--load_best_model_at_end has nothing to choose: {_said(config, 'eval_strategy', 'eval_prompts')}; "
             "use --eval_strategy steps and some --eval_prompts"
         )
+    if config.eval_against and not config.eval_judge:
+        yield f"{_said(config, 'eval_against')} needs somebody who compares: give --eval_judge"
+    if config.eval_judge and not config.eval_against:
+        yield f"{_said(config, 'eval_judge')} has nothing to compare with: give --eval_against"
+    if config.eval_against and config.eval_prompts == 0:
+        yield f"{_said(config, 'eval_against')} needs prompts to compare on; use some --eval_prompts"
 
 
 def _folders(config: RebelConfig) -> Complaints:

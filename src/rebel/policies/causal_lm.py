@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -19,6 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl.trainer.utils import use_adapter
 
 from rebel.errors import RebelError
+from rebel.policies.rows import Padded, Places, Rows, padded, rows, shared_prefix, tokens
 from rebel.types import Completion, Content, LogProb, Prompt, TokenTrace
 
 LanguageModel = PreTrainedModel | PeftModel
@@ -43,23 +44,15 @@ class Scorer(nn.Module):
         base: Any = self.model.get_base_model()  # which peft calls a Module
         return base
 
-    def forward(self, ids: Int[Tensor, "N T"], written: Bool[Tensor, "N T"]) -> Float[Tensor, " N"]:
-        """Sum over the tokens marked `written` of log pi(token | what stands before it), in nats and at least fp32.
-
-        Rows are padded on the right, where causal attention cannot see the padding.
-        """
-        row, targets, hidden = self.places(ids, written)
+    def forward(self, rows: Rows) -> Float[Tensor, " N"]:
+        """Sum over the tokens that the policy wrote of log pi(token | what stands before it), in nats and >= fp32."""
+        row, targets, hidden = self.places(rows)
         logp = self.chunked_logp(hidden, targets)
-        return logp.new_zeros(len(ids)).index_add(0, row, logp)
+        return logp.new_zeros(rows.traces).index_add(0, row, logp)
 
-    def places(
-        self, ids: Int[Tensor, "N T"], written: Bool[Tensor, "N T"]
-    ) -> tuple[Int[Tensor, " K"], Int[Tensor, " K"], Float[Tensor, "K H"]]:
-        """Row, token and the hidden state that predicts it, of every token marked `written`."""
-        backbone = getattr(self.causal, self.causal.base_model_prefix)
-        hidden = backbone(input_ids=ids, use_cache=False).last_hidden_state
-        row, column = written[:, 1:].nonzero(as_tuple=True)
-        return row, ids[row, column + 1], hidden[row, column]
+    def places(self, rows: Rows) -> Places:
+        """Every token that the policy wrote, with the hidden state that predicts it."""
+        return rows.places(self.causal)
 
     def chunked_logp(self, hidden: Float[Tensor, "K H"], targets: Int[Tensor, " K"]) -> Float[Tensor, " K"]:
         """log pi of each target, in pieces: logits of one piece at a time, made again in the backward pass."""
@@ -98,12 +91,12 @@ class Former(nn.Module):
         trained = [name for name, weight in self.named_parameters() if weight.requires_grad]
         self.weights = dict(zip(trained, weights, strict=True))
 
-    def forward(self, part: str, *given: Tensor) -> Any:
-        return getattr(self.scorer, part)(*given)
+    def forward(self, part: str, given: Rows | Tensor) -> Any:
+        return getattr(self.scorer, part)(given)
 
-    def part(self, name: str, *given: Tensor) -> Any:
+    def part(self, name: str, given: Rows | Tensor) -> Any:
         """What the scorer's method of this name returned then."""
-        return functional_call(self, self.weights, (name, *given))
+        return functional_call(self, self.weights, (name, given))
 
 
 @dataclass(frozen=True)
@@ -114,6 +107,8 @@ class CausalLM:
     tokenizer: PreTrainedTokenizerBase
     eos_ids: frozenset[int]
     chat_template_kwargs: dict
+    shared_prefix: bool = False
+    """Whether a prompt goes through the model once for all its completions in a micro-batch."""
 
     @property
     def bare(self) -> Scorer:
@@ -133,8 +128,11 @@ class CausalLM:
 
     def log_prob(self, traces: Sequence[TokenTrace]) -> Float[Tensor, "N 1"]:
         """log pi(y|x) of every trace in nats; one segment. Independent of the batch a trace is in."""
-        ids, written = pad_right(traces, self.device)
-        return self.scorer(ids, written)[:, None]
+        return self.scorer(self.rows(traces))[:, None]
+
+    def rows(self, traces: Sequence[TokenTrace]) -> Rows:
+        """The traces as tensors for the model."""
+        return rows(traces, self.device, self.shared_prefix)
 
     def backward(
         self,
@@ -151,21 +149,21 @@ class CausalLM:
     @torch.no_grad()
     def divergence(self, traces: Sequence[TokenTrace], before: Sequence[Tensor]) -> Float[Tensor, "N 1"]:
         """Sum over the written tokens of the KL between the next token's distribution now and `before`, in nats."""
-        ids, written = pad_right(traces, self.device)
+        given = self.rows(traces)
         scorer, former = self.bare, Former(self.bare, before)
-        row, _, hidden = scorer.places(ids, written)
-        hidden_then = former.part("places", ids, written)[2]
+        row, _, hidden = scorer.places(given)
+        hidden_then = former.part("places", given).hidden
         kl = torch.cat(
             [
                 divergence_of(former.part("logits", h).log_softmax(-1), scorer.logits(g).log_softmax(-1))
                 for g, h in zip(hidden.split(scorer.piece), hidden_then.split(scorer.piece), strict=True)
             ]
         )
-        return kl.new_zeros(len(ids)).index_add(0, row, kl)[:, None]
+        return kl.new_zeros(len(traces)).index_add(0, row, kl)[:, None]
 
-    def cost(self, trace: TokenTrace) -> int:
-        """Tokens of the row that re-scores this trace."""
-        return len(trace)
+    def cost(self, traces: Sequence[TokenTrace]) -> int:
+        """Tokens that go through the model for these traces in one micro-batch."""
+        return tokens(traces, self.shared_prefix)
 
     def encode(self, prompt: Prompt) -> list[int]:
         """Token ids of a prompt: text as the tokenizer takes it, messages through the chat template."""
@@ -191,18 +189,6 @@ def divergence_of(before: Float[Tensor, "K V"], now: Float[Tensor, "K V"]) -> Fl
     return (now.exp() * (now - before)).sum(dim=-1)
 
 
-def pad_right(traces: Sequence[TokenTrace], device: torch.device) -> tuple[Int[Tensor, "N T"], Bool[Tensor, "N T"]]:
-    """Rows of ids and the mask of written tokens, from lengths alone: no token value means padding."""
-    length = max(len(trace) for trace in traces)
-    ids = torch.zeros(len(traces), length, dtype=torch.long)
-    written = torch.zeros(len(traces), length, dtype=torch.bool)
-    for row, trace in enumerate(traces):
-        start, end = len(trace.prompt), len(trace)
-        ids[row, :end] = torch.tensor(trace.prompt + trace.completion)
-        written[row, start:end] = torch.tensor(trace.written, dtype=torch.bool)
-    return ids.to(device), written.to(device)
-
-
 def causal_lm(
     model: LanguageModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -216,7 +202,7 @@ def causal_lm(
         tokenizer.pad_token = tokenizer.eos_token
     policy = CausalLM(Scorer(model, temperature), tokenizer, eos, chat_template_kwargs or {})
     check_head(policy)
-    return policy
+    return replace(policy, shared_prefix=shares_prefix(policy))
 
 
 def ends_of_sequence(model: LanguageModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
@@ -264,16 +250,44 @@ def recomputing(model: nn.Module) -> Iterator[None]:
 def check_head(policy: CausalLM) -> None:
     """Refuse a model whose logits are not its output embedding of its last hidden state."""
     scorer, model = policy.bare, policy.model
-    close = 1e-2 if next(model.parameters()).dtype in (torch.bfloat16, torch.float16) else 1e-3
-    ids = torch.arange(2, 10, device=policy.device)[None] % scorer.causal.config.get_text_config().vocab_size
+    ids = probe_ids(policy, 8)
     logits = (model(input_ids=ids, use_cache=False).logits[0, :-1].float() / scorer.temperature).log_softmax(-1)
     expected = logits.gather(-1, ids[0, 1:, None]).sum()
-    written = torch.ones_like(ids, dtype=torch.bool)
-    if not torch.allclose(scorer(ids, written).float().sum(), expected, rtol=close, atol=close):
+    found = scorer(Padded(ids, torch.ones_like(ids, dtype=torch.bool))).float().sum()
+    if not torch.allclose(found, expected, rtol=closeness(policy), atol=closeness(policy)):
         raise RebelError(
             f"{type(scorer.causal).__name__} changes its logits after the output layer in a way that rebel does not "
             "know (it knows final_logit_softcapping): its log-probabilities would be wrong"
         )
+
+
+@torch.no_grad()
+def shares_prefix(policy: CausalLM) -> bool:
+    """Whether completions can go on from one pass over their prompt: tried, with prompts of two lengths.
+
+    Models that keep no keys and values, or that take no positions, fail in ways of their own. Hidden states are
+    compared, which every mistake in a mask or a position moves.
+    """
+    ids = tuple(probe_ids(policy, 12)[0].tolist())
+    traces = [TokenTrace(ids[:6], ids[6:9]), TokenTrace(ids[:6], ids[7:12]), TokenTrace(ids[1:4], ids[4:8])]
+    apart = policy.bare.places(padded(traces, policy.device)).hidden.float()
+    try:
+        shared = policy.bare.places(shared_prefix(traces, policy.device)).hidden.float()
+    except Exception:  # whatever a model raises that was not made for it
+        return False
+    return torch.allclose(shared, apart, rtol=closeness(policy), atol=closeness(policy))
+
+
+def probe_ids(policy: CausalLM, count: int) -> Int[Tensor, "1 T"]:
+    """Some ids of the model's vocabulary."""
+    return (
+        torch.arange(2, 2 + count, device=policy.device)[None] % policy.bare.causal.config.get_text_config().vocab_size
+    )
+
+
+def closeness(policy: CausalLM) -> float:
+    """By how much two ways to the same log-probabilities may differ in the precision of the weights."""
+    return 1e-2 if next(policy.model.parameters()).dtype in (torch.bfloat16, torch.float16) else 1e-3
 
 
 def frozen_copy(policy: CausalLM) -> LogProb:

@@ -32,7 +32,7 @@ class Figure:
 def sections(rows: Sequence[Row], settings: Row) -> list[tuple[str, list[Figure]]]:
     """The figures that have anything to show, by section."""
     every = {
-        "Outcome": (_reward(rows), _frontier(rows), _components(rows)),
+        "Outcome": (_reward(rows), _frontier(rows), _components(rows), _win_rate(rows, settings)),
         "Distance": (_kl_initial(rows, settings), _kl_iteration(rows, settings), _step(rows)),
         "Regression": (_fit(rows), _log_ratios(rows), _loss(rows), _gradient(rows)),
         "Completions": (_length(rows), _unfinished(rows), _flat(rows), _entropy(rows)),
@@ -101,6 +101,26 @@ def _components(rows: Sequence[Row]) -> Figure:
         "Each reward function's own mean, before its weight. A part that falls while the sum rises is"
         " being traded away.",
         plot("mean value", lines) if len(lines) > 1 else None,
+    )
+
+
+def _win_rate(rows: Sequence[Row], settings: Row) -> Figure:
+    sure = [
+        Series("95% from", _points(rows, "eval/win_rate_low"), PLAIN),
+        Series("95% to", _points(rows, "eval/win_rate_high"), PLAIN),
+    ]
+    return _figure(
+        "Win rate",
+        "How often the judge prefers the policy's completion of an evaluation prompt to the other side's, both orders"
+        " averaged and a tie counted as half, with the bootstrap interval over prompts. Swap consistency: the share of"
+        " pairs with the same verdict in both orders: where it is low, the judge goes by the place.",
+        plot(
+            "share of prompts won",
+            [_evaluated(rows, "eval/win_rate"), *sure] if _points(rows, "eval/win_rate") else [],
+            percent=True,
+            guides=[(0.5, "equal")],
+        ),
+        plot("swap consistency", [_evaluated(rows, "eval/swap_consistency")], percent=True),
     )
 
 

@@ -167,7 +167,7 @@ def _iterations(rows: Sequence[Row]) -> str:
 
 def remarks(rows: Sequence[Row], settings: Row) -> list[str]:
     """Sentences about what a reader of the plots should not miss."""
-    checks = (_of_reward, _of_regression, _of_groups, _of_lengths, _of_steps, _of_losses, _of_saving)
+    checks = (_of_reward, _of_win_rate, _of_regression, _of_groups, _of_lengths, _of_steps, _of_losses, _of_saving)
     return [sentence for check in checks for sentence in check(rows, settings)]
 
 
@@ -181,6 +181,17 @@ def _of_reward(rows: Sequence[Row], settings: Row) -> list[str]:
     if gain < 0:
         return ["The reward fell. A lower learning rate, a shorter step (eta) or more prompts an iteration may help."]
     return []
+
+
+def _of_win_rate(rows: Sequence[Row], settings: Row) -> list[str]:
+    low, high = last_of(rows, "eval/win_rate_low"), last_of(rows, "eval/win_rate_high")
+    consistent = last_of(rows, "eval/swap_consistency")
+    said = []
+    if low is not None and high is not None and low <= 0.5 <= high:
+        said.append("The last win rate may be chance: its interval holds 50%.")
+    if consistent is not None and consistent < 0.7:
+        said.append(f"The judge gave the same verdict in both orders for only {share(consistent)} of the pairs.")
+    return said
 
 
 def _of_regression(rows: Sequence[Row], settings: Row) -> list[str]:

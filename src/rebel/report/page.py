@@ -89,7 +89,7 @@ def render(name: str, settings: Row, metrics: Sequence[Row], samples: Sequence[R
     """The whole page of a run, as text that UTF-8 can hold."""
     rows = sorted(metrics, key=lambda row: finite(row.get("iteration")) or 0.0)
     pairs, first, last = compared(samples)
-    environment = Environment(autoescape=True, finalize=_safe, trim_blocks=True, lstrip_blocks=True)
+    environment = Environment(autoescape=True, finalize=printable, trim_blocks=True, lstrip_blocks=True)
     return environment.from_string(PAGE).render(
         name=name,
         made_of=_made_of(settings),
@@ -126,7 +126,7 @@ def _spelled(char: str) -> str:
     return char
 
 
-def _safe(value: Any) -> Any:
+def printable(value: Any) -> Any:
     """What the template prints of an expression; it escapes the result unless it is markup of our own."""
     return value if isinstance(value, Markup) else visible(str(value))
 

@@ -17,7 +17,7 @@ SAMPLES = "samples.jsonl"
 
 def append_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """Add rows to a .jsonl file in one write, so that a kill leaves at most one unfinished last line."""
-    text = "".join(json.dumps(_plain(row), allow_nan=False) + "\n" for row in rows)
+    text = "".join(json.dumps(plain(row), allow_nan=False) + "\n" for row in rows)
     with path.open("ab+") as file:
         file.write((_line_end_missing(file) + text).encode())
         file.flush()
@@ -51,12 +51,12 @@ def _line_end_missing(file: BinaryIO) -> str:
     return "" if file.read(1) == b"\n" else "\n"
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """The value as JSON can hold it: NaN and infinity become null, scalars of numpy and torch become numbers."""
     if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     if hasattr(value, "item"):
         value = value.item()
     return None if isinstance(value, float) and not math.isfinite(value) else value

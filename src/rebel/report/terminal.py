@@ -42,6 +42,12 @@ COLUMNS = (
     Column("tok/s", 8, "tokens_per_second_sampling", show=count, optional=True),
     Column("left", 9, "left", show=duration),
 )
+JUDGED = (
+    Column("win rate", 10, evaluation="eval/win_rate", show=share),
+    Column("95% from", 9, evaluation="eval/win_rate_low", show=share),
+    Column("to", 5, evaluation="eval/win_rate_high", show=share),
+)
+"""Further columns of a run that a judge follows."""
 LEGEND = "KL in nats per completion; ±: spread within groups (eval: standard error)"
 HEADER_EVERY = 20
 
@@ -59,12 +65,13 @@ class Terminal:
         disable: bool = False,
         silent: bool = False,
         console: Console | None = None,
+        judged: bool = False,
     ) -> None:
         self._console = console or Console(quiet=silent)
         self._total = total_iterations
         self._bars = self._console.is_terminal and not (disable or silent)
         self._progress = _progress(self._console)
-        self._columns = _columns_within(self._console)
+        self._columns = _columns_within(self._console, (*COLUMNS[:-1], *JUDGED, COLUMNS[-1]) if judged else COLUMNS)
         self._lines = 0
         self._began: tuple[int, float] | None = None
 
@@ -130,12 +137,12 @@ class Terminal:
         return pace * max(self._total - iteration, 0)
 
 
-def _columns_within(console: Console) -> tuple[Column, ...]:
+def _columns_within(console: Console, columns: tuple[Column, ...]) -> tuple[Column, ...]:
     """All columns, or only the needed ones where a narrow terminal would wrap the lines."""
-    width = sum(column.width for column in COLUMNS)
+    width = sum(column.width for column in columns)
     if not console.is_terminal or console.width >= width:
-        return COLUMNS
-    return tuple(column for column in COLUMNS if not column.optional)
+        return columns
+    return tuple(column for column in columns if not column.optional)
 
 
 def _cell(row: Mapping[str, Any], key: str, show: Callable[[Any], str]) -> str:

@@ -52,7 +52,7 @@ def template_of(given: str | None, default: str = TEMPLATE) -> str:
 def question(template: str, comparison: Comparison) -> str:
     """The template with prompt and completions in it; braces in those mean nothing."""
     sides = (comparison.prompt.content, comparison.first, comparison.second)
-    given = dict(zip(PLACES, map(as_text, sides), strict=True))
+    given: dict[str, str] = dict(zip(PLACES, map(as_text, sides), strict=True))
     return re.sub("|".join(map(re.escape, PLACES)), lambda found: given[found.group()], template)
 
 

@@ -73,10 +73,7 @@ class RewardModel:
 
     def ids(self, prompt: Prompt, completion: Completion) -> list[int]:
         """What the model reads: token ids of prompt and completion."""
-        if isinstance(prompt.content, str):
-            return self.tokenizer(prompt.content + completion.content)["input_ids"]
-        text: Any = self.tokenizer.apply_chat_template([*prompt.content, *completion.content], tokenize=False)
-        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return ids_of(self.tokenizer, prompt, completion)
 
     @torch.no_grad()
     def _scores(self, texts: Sequence[list[int]]) -> Float[Tensor, " N"]:
@@ -86,6 +83,14 @@ class RewardModel:
         mask = torch.arange(ids.shape[1])[None, :] < lengths[:, None]
         output = self.model(input_ids=ids.to(self.device), attention_mask=mask.long().to(self.device))
         return output.logits[:, 0].float().cpu()
+
+
+def ids_of(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, completion: Completion) -> list[int]:
+    """What a reward model with this tokenizer reads: token ids of prompt and completion."""
+    if isinstance(prompt.content, str):
+        return tokenizer(prompt.content + completion.content)["input_ids"]
+    text: Any = tokenizer.apply_chat_template([*prompt.content, *completion.content], tokenize=False)
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
 def batches_by_length(which: Sequence[int], lengths: Sequence[int], tokens: int) -> Iterator[list[int]]:

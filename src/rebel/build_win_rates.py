@@ -13,7 +13,7 @@ from rebel.rewards.judge_load import Service, load_judge
 from rebel.rewards.winrate import AgainstFirst, WinRate
 from rebel.types import Judge, Reward
 
-ANSWERS, OPPONENTS = "judge_answers.sqlite", "opponents.jsonl"
+ANSWERS, JUDGED = "judge_answers.sqlite", "opponents.jsonl"
 """In the run's folder: what a judge behind an endpoint has answered, and whom evaluations compare with."""
 
 
@@ -42,5 +42,5 @@ def for_evaluation(reward: Reward, folder: Path) -> Reward:
     """The reward with win rates against the initial policy: against one's own group they are 1/2 by symmetry."""
     if not isinstance(reward, Weighted):
         return reward
-    parts = [AgainstFirst(r, folder / OPPONENTS) if isinstance(r, WinRate) else r for r in reward.rewards]
+    parts = [AgainstFirst(r, folder / JUDGED) if isinstance(r, WinRate) else r for r in reward.rewards]
     return Weighted(parts, reward.weights, reward.scale)

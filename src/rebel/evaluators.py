@@ -1,0 +1,89 @@
+"""Ways to tell how good the policy is: each draws or reads what it needs and measures it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from accelerate.utils import broadcast_object_list
+
+from rebel.against import Contents, Duel, duel, paired
+from rebel.collect import Source, Watch, score_chunks
+from rebel.errors import RebelError, RunStopped
+from rebel.evaluate import Evaluation, LogProbs, evaluate
+from rebel.learner import Learner
+from rebel.types import Judge, LogProb, Prompt, Rollout, Scored
+
+
+@dataclass(frozen=True, slots=True)
+class ByReward:
+    """The reward of fresh completions of prompts that are never trained on."""
+
+    source: Source
+    prompts: Sequence[Prompt]
+    mixed: Callable[[LogProbs], LogProbs] | None = None
+    """Where a mixture of iterates draws: its log-probabilities from those of the policy as it is."""
+
+    def __call__(self, learner: Learner, reference: LogProb | None, seed: int, watch: Watch) -> Evaluation:
+        return self.measured(self.draw(seed, watch), learner, reference)
+
+    def draw(self, seed: int, watch: Watch) -> list[Scored]:
+        """Fresh completions, scored; the same on every process."""
+        with watch.phase("evaluating", len(self.prompts) * self.source.group_size) as done:
+            return score_chunks(self.source, self.prompts, seed, done=done)[0]
+
+    def measured(self, groups: Sequence[Scored], learner: Learner, reference: LogProb | None) -> Evaluation:
+        def scored_by(log_prob: LogProb) -> LogProbs:
+            return lambda traces: learner.score(log_prob, traces)
+
+        own = scored_by(learner.policy.log_prob)
+        own = self.mixed(own) if self.mixed else own
+        found = evaluate(groups, own, scored_by(reference) if reference else None)
+        return replace(found, policy=self.of(learner))
+
+    def of(self, learner: Learner) -> str:
+        """Which policy is evaluated."""
+        return "mixture" if self.mixed else "averaged" if learner.average else "last"
+
+
+Opponents = Callable[[Learner, Sequence[Rollout], int], Contents]
+"""The completions of the other side for the prompts of these rollouts, from the learner as it is now and a seed."""
+
+
+@dataclass(frozen=True, slots=True)
+class ByJudge:
+    """The reward as before, and how often a judge prefers the same completions to those of the other side."""
+
+    of: ByReward
+    judge: Judge
+    opponents: Opponents
+    measure: Callable[[Any], int]
+
+    def __call__(self, learner: Learner, reference: LogProb | None, seed: int, watch: Watch) -> Evaluation:
+        groups = self.of.draw(seed, watch)
+        evaluation = self.of.measured(groups, learner, reference)
+
+        def judged() -> Duel:
+            ours = [group.rollout for group in groups]
+            with watch.phase("judging", 2 * sum(len(rollout.completions) for rollout in ours)):
+                return duel(self.judge, paired(ours, self.opponents(learner, ours, seed)), self.measure, seed)
+
+        metrics = on_main(learner, lambda: judged().metrics())
+        return replace(evaluation, metrics={**evaluation.metrics, **metrics})
+
+
+def on_main(learner: Learner, work: Callable[[], Any]) -> Any:
+    """What `work` returns on the main process, on all of them; what it raises there is raised on all."""
+    accelerator = learner.accelerator
+    result: Any = None
+    if accelerator.is_main_process:
+        try:
+            result = work()
+        except (RebelError, RunStopped) as failure:
+            result = failure
+    if accelerator.num_processes > 1:
+        result = broadcast_object_list([result])[0]
+    if isinstance(result, Exception):
+        raise result
+    return result
