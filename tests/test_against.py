@@ -21,8 +21,9 @@ from rebel.evaluators import on_main
 from rebel.judging import DrawnOnce, initial_policy
 from rebel.report import write_report
 from rebel.report.versus import lines_of, show, write_page
-from rebel.rewards.contest import HigherReward, PairFunction, load_contest
+from rebel.rewards.contest import HigherReward, load_contest
 from rebel.rewards.functions import PerCompletion
+from rebel.rewards.judges import FunctionJudge
 from rebel.types import Comparison, Completion, Judge, Prompt, Rollout
 
 JUDGES = '''
@@ -95,7 +96,7 @@ def test_lengths_and_scores_are_of_the_answered_pairs() -> None:
     def some(comparisons: Sequence[Comparison]) -> list[float | None]:
         return [None if c.prompt.content == "y" else float(len(c.first) > len(c.second)) for c in comparisons]
 
-    judge = PairFunction(lambda **columns: [], "unused")
+    judge = FunctionJudge(lambda **columns: [], "unused")
     object.__setattr__(
         judge, "fn", lambda prompts, first, second, **columns: some(comparisons_of(prompts, first, second))
     )

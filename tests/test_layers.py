@@ -22,7 +22,7 @@ ORDER = """
     against measures way checkpoint collect evaluators fit
     train
     convert config from_trl settings validate model_card plan trackers loading record
-    judging build_win_rates build job
+    build_win_rates judging build job
     stages versus trainer tasks doctor cli __main__
 """
 """Modules and packages from the inside to the outside: each may import those before it, and no other."""

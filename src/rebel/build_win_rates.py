@@ -11,15 +11,15 @@ from rebel.rewards.combine import Weighted
 from rebel.rewards.functions import Notes
 from rebel.rewards.judge_load import Service, load_judge
 from rebel.rewards.winrate import AgainstFirst, WinRate
-from rebel.types import Judge, Reward
+from rebel.types import Reward
 
 ANSWERS, JUDGED = "judge_answers.sqlite", "opponents.jsonl"
 """In the run's folder: what a judge behind an endpoint has answered, and whom evaluations compare with."""
 
 
-def build_judge(config: RebelConfig, notes: Notes, models: Mapping[str, Any]) -> Judge:
-    """The judge of --judge; `models` are the settings of one that is a model in this process."""
-    service = Service(
+def service_of(config: RebelConfig) -> Service:
+    """How a judge behind an endpoint is asked; its answers stay in the run's folder."""
+    return Service(
         config.judge_base_url,
         config.judge_api_key_env,
         config.judge_args,
@@ -27,14 +27,13 @@ def build_judge(config: RebelConfig, notes: Notes, models: Mapping[str, Any]) ->
         config.judge_deadline,
         Path(config.output_dir) / ANSWERS,
     )
-    return load_judge(str(config.judge), notes, config.judge_template, service, **models)
 
 
 def win_rates(config: RebelConfig, notes: Notes, models: Mapping[str, Any]) -> list[WinRate]:
     """The win rate by the judge of the settings, if they name one."""
     if not config.judge:
         return []
-    judge = build_judge(config, notes, models)
+    judge = load_judge(config.judge, notes, config.judge_template, service_of(config), **models)
     return [WinRate(judge, config.judge_unit, config.judge_opponents, config.judge_swap, notes)]
 
 

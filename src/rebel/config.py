@@ -199,7 +199,7 @@ class RebelConfig:
     """Evaluate by win rate too, against: initial (the policy before training), references (written completions in the
     data), a run, or a model's name or folder."""
     eval_judge: str | None = None
-    """Who compares for eval_against: file.py:function, or reward:NAME for a reward, of which the higher wins."""
+    """Who compares for eval_against: what judge takes, or reward:NAME for a reward, of which the higher wins."""
     reference_column: str = "reference"
     """Column of the evaluation data with the references."""
     save_strategy: Literal["no", "steps"] = "steps"

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from rebel.against import Contents, references, words
+from rebel.build_win_rates import service_of
 from rebel.collect import Source, draw
 from rebel.config import RebelConfig
 from rebel.errors import RunStopped
@@ -31,7 +32,7 @@ def build_judge(config: RebelConfig, notes: Notes, prompts: Sequence[Prompt]) ->
     if not config.eval_judge or not prompts:
         return None
     models = {"trust_remote_code": config.trust_remote_code, **({"device": "cpu"} if config.use_cpu else {})}
-    judge = load_contest(config.eval_judge, notes, **models)
+    judge = load_contest(config.eval_judge, notes, config.judge_template, service_of(config), **models)
     check_judge(judge, prompts)
     return judge
 

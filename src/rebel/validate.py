@@ -244,7 +244,7 @@ def _judge(config: RebelConfig) -> Complaints:
     secret = [name for name in config.judge_args if re.search(r"key|auth|token$|secret|header", name, re.IGNORECASE)]
     if secret:
         yield f"--judge_args {secret[0]} looks like a key; that goes into an environment variable"
-    remote = (config.judge or "").startswith("openai:")
+    remote = any((judge or "").startswith("openai:") for judge in (config.judge, config.eval_judge))
     if not remote and (config.judge_base_url or config.judge_args):
         name = "judge_base_url" if config.judge_base_url else "judge_args"
         yield f"--{name} is for a judge behind an endpoint: use --judge openai:MODEL, or leave it out"

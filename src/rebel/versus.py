@@ -11,6 +11,7 @@ from typing import Any
 
 from rebel.against import Contents, duel, paired, references
 from rebel.build import build_accelerator, build_prompts, build_reward, fitting, memory_of_average
+from rebel.build_win_rates import service_of
 from rebel.checkpoint import PREFIX
 from rebel.collect import Source, draw
 from rebel.config import RebelConfig
@@ -64,7 +65,8 @@ def compare(request: Request, given: Mapping[str, Any]) -> dict[str, Any]:
     """Evaluate, print and write the result; `given` are settings over those of the run."""
     quiet()
     config = settings_of(request.run, given)
-    judge = load_contest(request.judge, Notes(), **({"device": "cpu"} if config.use_cpu else {}))
+    models = {"device": "cpu"} if config.use_cpu else {}
+    judge = load_contest(request.judge, Notes(), config.judge_template, service_of(config), **models)
     folder = folder_of(request)
     prompts = prompts_of_run(request, config, given)
     check_judge(judge, prompts)
