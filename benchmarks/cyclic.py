@@ -38,7 +38,7 @@ from rebel.types import Prompt
 
 STYLES = ("fond", "day", "plain")
 RUNS = story.RESULTS / "cyclic.jsonl"
-ITERATIONS, PROMPTS, GROUP, TOKENS = 60, 16, 8, 32
+ITERATIONS, PROMPTS, GROUP, TOKENS = 120, 16, 8, 32
 PER_PROMPT = 8
 """Completions of each held-out prompt in an evaluation."""
 
@@ -117,14 +117,15 @@ def rebel(arguments: argparse.Namespace) -> dict[str, Any]:
             way.append({name: noted[f"style/{name}"] for name in STYLES})
             print(progress.iteration, rounded(way[-1]), f"R2 {metrics['r2_held_out']:.2f}", flush=True)
         iterates = ready.recorder.iterates
-        assert run.evaluation is not None and iterates is not None
+        last, mixture = run.collector.source.sampler, run.evaluator.source.sampler
+        prompts = run.evaluator.prompts
         found = {
-            "mixture": drawn(run.evaluation.sampler, run.evaluation_prompts, PER_PROMPT, arguments.seed),
-            "last": drawn(run.source.sampler, run.evaluation_prompts, PER_PROMPT, arguments.seed),
+            "mixture": drawn(mixture, prompts, PER_PROMPT, arguments.seed),
+            "last": drawn(last, prompts, PER_PROMPT, arguments.seed),
         }
         files = [load_file(path) for path in iterates.stored()]
         put(iterates.weights, {name: sum(file[name] for file in files) / len(files) for name in files[0]})
-        found["averaged weights"] = drawn(run.source.sampler, run.evaluation_prompts, PER_PROMPT, arguments.seed)
+        found["averaged weights"] = drawn(last, prompts, PER_PROMPT, arguments.seed)
     return {"way": way, "iterates": len(files), **{f"REBEL, {name}": shares(texts) for name, texts in found.items()}}
 
 
@@ -198,12 +199,19 @@ def run(arguments: argparse.Namespace) -> None:
         row |= dpo(arguments)
     row["cpu_seconds"] = round(time.process_time() - begin)
     print(json.dumps({k: rounded(v) if isinstance(v, dict) else v for k, v in row.items() if k != "way"}))
-    if not arguments.only:
-        story.add_run(row, RUNS)
+    story.add_run(row, RUNS)
+
+
+def merged(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """One row for each seed that has all of it, whether or not the methods ran one by one."""
+    seeds: dict[int, dict[str, Any]] = {}
+    for row in rows:
+        seeds.setdefault(row["seed"], {}).update(row)
+    return [seeds[seed] for seed in sorted(seeds) if all(name in seeds[seed] for name in ROWS)]
 
 
 def rounded(values: Mapping[str, Any]) -> dict[str, Any]:
-    return {k: round(v, 3) if isinstance(v, float) else v for k, v in values.items()}
+    return {k: round(v, 6) if isinstance(v, float) else v for k, v in values.items()}
 
 
 ROWS = ("initial", "REBEL, mixture", "REBEL, last", "REBEL, averaged weights", "DPO")
@@ -211,7 +219,7 @@ ROWS = ("initial", "REBEL, mixture", "REBEL, last", "REBEL, averaged weights", "
 
 def table() -> None:
     """Means over the seeds with their range, as JSON and as a table."""
-    runs = story.read_runs(RUNS)
+    runs = merged(story.read_runs(RUNS))
     result: dict[str, Any] = {"seeds": [r["seed"] for r in runs], "settings": runs[0]["settings"], "rows": {}}
     lines = ["| policy | " + " | ".join(STYLES) + " | exploitability |", "| --- | --- | --- | --- | --- |"]
     for name in ROWS:
@@ -233,10 +241,10 @@ def main() -> None:
     parser.add_argument("what", choices=["run", "table"])
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--iterations", type=int, default=ITERATIONS)
-    parser.add_argument("--eta", type=float, default=2.0)
+    parser.add_argument("--eta", type=float, default=10.0)
     parser.add_argument("--adam_beta1", type=float, default=0.0)
     parser.add_argument("--passes", type=int, default=1)
-    parser.add_argument("--learning_rate", type=float, default=1e-4)
+    parser.add_argument("--learning_rate", type=float, default=5e-5)
     parser.add_argument("--dpo_beta", type=float, default=0.1)
     parser.add_argument("--dpo_learning_rate", type=float, default=1e-4)
     parser.add_argument("--dpo_epochs", type=float, default=1.0)

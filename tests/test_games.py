@@ -95,6 +95,19 @@ def test_the_fixed_reward_is_the_likeliest_of_bradley_and_terry(start: tuple[flo
     assert float((slope / p).abs().max()) < 1e-7
 
 
+@pytest.mark.parametrize("start", INTERIOR)
+def test_with_a_price_on_the_kl_the_last_iterate_comes_to_rest(start: tuple[float, ...]) -> None:
+    eta, beta = 1.0, 0.2
+    reference = torch.tensor(start).double().log()
+    step, logp = step_size(eta, beta), reference
+    for _ in range(2000):
+        shaped = RPS @ logp.exp() - beta * (logp - reference)
+        before, logp = logp, (logp + step * shaped).log_softmax(0)
+    assert float((logp - before).abs().max()) < 1e-9
+    resting = (reference + RPS @ logp.exp() / beta).log_softmax(0)
+    torch.testing.assert_close(logp, resting, atol=1e-6, rtol=0)
+
+
 # -- ten models that people preferred in circles --------------------------------------------------------------------
 
 
