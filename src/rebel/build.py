@@ -31,6 +31,7 @@ from transformers import (
     get_scheduler,
 )
 
+from rebel.build_offline import Parts, Recordings, Rows, build_groups, describe_offline, offline_parts
 from rebel.collect import Online, Source
 from rebel.config import RebelConfig
 from rebel.data import PromptStream, load_prompts, that_fit
@@ -40,9 +41,10 @@ from rebel.fit import Regression
 from rebel.learner import Learner, learner
 from rebel.model_card import model_card
 from rebel.pairing import all_pairs, best_against_worst, random_pairs
-from rebel.plan import describe, estimate
+from rebel.plan import Memory, describe, estimate
 from rebel.policies.causal_lm import CausalLM, LanguageModel, causal_lm, frozen_copy, initial_adapter, without_adapter
 from rebel.record import Recorder
+from rebel.recorded import Groups
 from rebel.report import Terminal
 from rebel.rewards.combine import Weighted
 from rebel.rewards.functions import Notes
@@ -226,15 +228,10 @@ def build_learner(
     )
 
 
-def build_run(
-    config: RebelConfig,
-    learner: Learner,
-    reference: LogProb | None,
-    reward: Reward,
-    prompts: tuple[Sequence[Prompt], Sequence[Prompt]],
-    hooks: Hooks,
-) -> Run:
-    """A run over the parts."""
+def online_parts(
+    config: RebelConfig, learner: Learner, reward: Reward, prompts: tuple[Sequence[Prompt], Sequence[Prompt]]
+) -> Parts:
+    """Groups drawn from the policy, which is evaluated by the reward of what it draws."""
     accelerator, policy = learner.accelerator, learner.policy
     assert isinstance(policy, CausalLM), "build_policy made it"
     precision: Any = accelerator.autocast  # whose annotation contradicts its default
@@ -258,31 +255,42 @@ def build_run(
         group_size=config.eval_generations,
         chunk=max(1, config.sampling_batch // config.eval_generations),
     )
+    return Parts(
+        collector=Online(source, config.prompts_per_iteration, config.replace_flat_groups),
+        evaluator=ByReward(evaluation, prompts[1]) if prompts[1] else None,
+        step_rule=build_step_rule(config),
+    )
+
+
+def build_run(config: RebelConfig, learner: Learner, reference: LogProb | None, parts: Parts, hooks: Hooks) -> Run:
+    """A run over the parts."""
     regression = Regression(
         steps=config.steps_per_iteration,
-        passes=config.num_iterations,
+        passes=config.passes,
         pairing=PAIRINGS[config.pairing],
-        step_rule=build_step_rule(config),
+        step_rule=parts.step_rule,
         beta=config.beta,
         held_out=config.held_out if config.early_stop else 0.0,
     )
     return Run(
         learner=learner,
-        collector=Online(source, config.prompts_per_iteration, config.replace_flat_groups),
+        collector=parts.collector,
         regression=regression,
         reference=reference,
-        evaluator=ByReward(evaluation, prompts[1]) if prompts[1] else None,
+        evaluator=parts.evaluator,
         max_failed=config.max_failed_rewards,
         seed=config.seed,
         hooks=hooks,
     )
 
 
-def iterations_of(config: RebelConfig) -> int:
-    """Iterations of the run, from --iterations or from --max_steps."""
+def iterations_of(config: RebelConfig, count: int) -> int:
+    """Iterations of the run over `count` prompts, from --iterations, --num_train_epochs or --max_steps."""
     if config.iterations is not None:
         return config.iterations
-    return math.ceil(config.max_steps / (config.steps_per_iteration * config.num_iterations))
+    if config.num_train_epochs is not None:
+        return math.ceil(config.num_train_epochs * count / config.prompts_per_iteration)
+    return math.ceil(config.max_steps / (config.steps_per_iteration * config.passes))
 
 
 @dataclass
@@ -292,42 +300,85 @@ class Job:
     config: RebelConfig
     run: Run
     recorder: Recorder
-    reward: Reward
+    reward: Reward | None
     iterations: int
     plan: list[str]
+    recordings: tuple[Recordings, ...] = ()
+
+
+Data = tuple[Sequence[Prompt], Sequence[Prompt]] | tuple[Rows, Rows | None]
+"""What to train and to evaluate on: prompts, or offline rows with completions."""
 
 
 def build_job(
     config: RebelConfig,
     model: LanguageModel,
     tokenizer: PreTrainedTokenizerBase,
-    reward: Callable[[Notes], Weighted],
-    prompts: tuple[Sequence[Prompt], Sequence[Prompt]],
+    reward: Callable[[Notes], Weighted | None],
+    data: Data,
     callbacks: Sequence[Any] = (),
 ) -> Job:
     """All parts of a run from its settings and what has been loaded. Touches no file."""
     arguments = training_arguments(config)  # before the accelerator, whose state it would reset
     accelerator = build_accelerator(config)
     policy = build_policy(model.to(accelerator.device), tokenizer, config)
-    training, dropped = fitting(prompts[0], policy, config)
-    held_out = fitting(prompts[1], policy, config)[0] if prompts[1] else []
-    reference = build_reference(policy, config)
-    iterations = iterations_of(config)
-    steps = iterations * config.steps_per_iteration * config.num_iterations
-    mover = build_learner(accelerator, policy, config, arguments, steps)
+    material = encoded(data, policy, config)
+    # offline the anchor is the initial policy, and there are no completions of the policy's own to measure a KL on
+    reference = None if config.offline else build_reference(policy, config)
+    iterations = iterations_of(config, len(material.training))
+    mover = build_learner(
+        accelerator, policy, config, arguments, iterations * config.steps_per_iteration * config.passes
+    )
     main = accelerator.is_main_process
     trackers = Trackers(callbacks, arguments, policy.model, tokenizer, mover.optimizer, mover.scheduler, main)
-    terminal = Terminal(iterations, disable=config.disable_tqdm, silent=not main)
+    terminal = Terminal(iterations, disable=config.disable_tqdm, silent=not main, offline=config.offline)
     notes = Notes(trainer_state=trackers.state)
     judge = reward(notes)
-    judge.check(training)
     save = partial(save_model, config, mover)
     folder = Path(config.output_dir)
-    recorder = Recorder(config, folder, terminal, trackers, mover, save, len(training), notes.take_metrics)
-    run = build_run(config, mover, reference, judge, (training, held_out), recorder)
+    count = len(material.training)
+    recorder = Recorder(config, folder, terminal, trackers, mover, save, count, notes.take_metrics)
+    parts = material.parts(config, mover, judge, terminal.say)
+    run = build_run(config, mover, reference, parts, recorder)
     memory = estimate(policy.model, config, reference_is_copy(reference, policy, config), mover.average > 0)
-    plan = describe(config, len(training), len(held_out), dropped, iterations, accelerator.num_processes, memory)
-    return Job(config, run, recorder, judge, iterations, plan)
+    plan = material.plan(config, parts, iterations, accelerator.num_processes, memory)
+    return Job(config, run, recorder, judge, iterations, plan, parts.recordings)
+
+
+@dataclass(frozen=True, slots=True)
+class Material:
+    """What a run is trained and evaluated on, in tokens that fit; `dropped` did not."""
+
+    training: Sequence[Prompt] | Groups
+    held_out: Sequence[Prompt] | Groups
+    dropped: int = 0
+
+    def parts(
+        self, config: RebelConfig, learner: Learner, reward: Weighted | None, say: Callable[[str], None]
+    ) -> Parts:
+        """The parts that take their groups from it."""
+        if isinstance(self.training, Groups):
+            held_out = self.held_out if isinstance(self.held_out, Groups) else None
+            return offline_parts(self.training, held_out, learner, config, PAIRINGS[config.pairing], reward, say)
+        assert reward is not None, "what is drawn has to be scored"
+        reward.check(self.training)
+        return online_parts(config, learner, reward, (self.training, self.held_out))
+
+    def plan(self, config: RebelConfig, parts: Parts, iterations: int, world: int, memory: Memory) -> list[str]:
+        """The plan of the run in words."""
+        if parts.recordings:
+            return describe_offline(config, parts.recordings, self.dropped, iterations, world, memory)
+        counts = len(self.training), len(self.held_out), self.dropped
+        return describe(config, *counts, iterations, world, memory)
+
+
+def encoded(data: Data, policy: CausalLM, config: RebelConfig) -> Material:
+    """The prompts, or the groups of the rows, that fit into the lengths."""
+    if isinstance(data[0], Rows):
+        held_out = build_groups(data[1], policy, config) if isinstance(data[1], Rows) else ()
+        return Material(build_groups(data[0], policy, config), held_out, data[0].shared)
+    training, dropped = fitting(data[0], policy, config)
+    return Material(training, fitting(data[1], policy, config)[0] if data[1] else [], dropped)
 
 
 def reference_is_copy(reference: LogProb | None, policy: CausalLM, config: RebelConfig) -> bool:
@@ -346,8 +397,10 @@ def save_model(config: RebelConfig, learner: Learner, folder: Path) -> None:
     (folder / "README.md").write_text(model_card(config, learner))
 
 
-def build_reward(config: RebelConfig, notes: Notes, rewards: Sequence[Any] | None = None) -> Weighted:
-    """The weighted sum of the rewards of the settings, or of these objects."""
+def build_reward(config: RebelConfig, notes: Notes, rewards: Sequence[Any] | None = None) -> Weighted | None:
+    """The weighted sum of the rewards of the settings, or of these objects; offline there may be none."""
     given = config.reward_funcs if rewards is None else rewards
+    if config.offline and not given:
+        return None
     models = {"trust_remote_code": config.trust_remote_code, **({"device": "cpu"} if config.use_cpu else {})}
     return Weighted([as_reward(reward, notes, **models) for reward in given], config.reward_weights)

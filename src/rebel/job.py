@@ -13,6 +13,7 @@ from peft import AutoPeftModelForCausalLM
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rebel.build import Job, build_job, build_model, build_prompts, build_reward, build_tokenizer, loaded
+from rebel.build_offline import Rows, build_rows
 from rebel.checkpoint import Progress, all_checkpoints, load
 from rebel.config import RebelConfig
 from rebel.errors import RebelError, RunStopped
@@ -40,6 +41,8 @@ def carry_out(job: Job, resume: Path | None = None) -> Progress:
     """Train until the end, or until something stops it: then what resumes the run is on disk."""
     recorder, run = job.recorder, job.run
     recorder.learner.accelerator.wait_for_everyone()  # until all have looked at the folder and found no other run
+    for recordings in job.recordings:  # what needs the initial policy, before a checkpoint takes its place
+        recordings.prepare(run.learner, recorder)
     progress = load(resume, run.learner, fingerprint(job.config)) if resume else Progress()
     recorder.begin(progress, job.iterations * run.regression.steps * run.regression.passes)
     try:
@@ -115,10 +118,12 @@ def run_training(config: RebelConfig, dry_run: bool = False) -> None:
 
 def prepare(config: RebelConfig) -> Job:
     """A run that is ready to start; what is quick to find wrong is looked at before the model is loaded."""
-    prompts = build_prompts(config)
+    data = build_rows(config) if config.offline else build_prompts(config)
     tokenizer = build_tokenizer(config)
-    build_reward(config, Notes()).check(prompts[0])
-    return build_job(config, build_model(config), tokenizer, partial(build_reward, config), prompts)
+    reward = build_reward(config, Notes())
+    if reward and not isinstance(data[0], Rows):
+        reward.check(data[0])
+    return build_job(config, build_model(config), tokenizer, partial(build_reward, config), data)
 
 
 def quiet() -> None:

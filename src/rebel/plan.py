@@ -53,21 +53,31 @@ def describe(
     config: RebelConfig, prompts: int, evaluated: int, dropped: int, iterations: int, world: int, memory: Memory
 ) -> list[str]:
     """The plan of a run, a line for each thing a user may want to check."""
-    group, steps = config.num_generations, config.steps_per_iteration * config.num_iterations
+    group, steps = config.num_generations, config.steps_per_iteration * config.passes
     drawn = config.prompts_per_iteration * group
-    passes = f" in {config.num_iterations} passes" if config.num_iterations > 1 else ""
+    passes = f" in {config.passes} passes" if config.passes > 1 else ""
     per_step = config.prompts_per_iteration / config.steps_per_iteration
     lost = f"; {dropped:,} longer than fits were dropped" if dropped else ""
+    hybrid = (
+        f", {config.data_completions} of them from {', '.join(config.data_columns)}" if config.data_completions else ""
+    )
     return [
         f"prompts      {prompts:,} to train on, {evaluated:,} to evaluate on{lost}",
         f"iteration    {config.prompts_per_iteration} prompts x {group} completions = {drawn:,} samples of at most "
-        f"{config.max_completion_length} tokens",
+        f"{config.max_completion_length} tokens{hybrid}",
         f"regression   {steps} optimiser steps{passes}, about {per_step:g} prompts ({per_step * group:g} completions) "
         f"each, {config.pairing} pairs",
         f"step         {step_in_words(config)}",
         f"run          {iterations:,} iterations = {iterations * steps:,} optimiser steps, "
         f"{iterations * drawn:,} samples, "
         f"{iterations * config.prompts_per_iteration / max(prompts, 1):.2f} passes over the prompts",
+        *last_lines(config, world, memory),
+    ]
+
+
+def last_lines(config: RebelConfig, world: int, memory: Memory) -> list[str]:
+    """What a run needs."""
+    return [
         f"processes    {world}, micro-batches of at most {config.tokens_per_micro_batch:,} tokens "
         "(no effect on the result)",
         f"memory       about {memory.total / GIB:.2f} GiB a process: " + breakdown(memory),

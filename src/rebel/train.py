@@ -129,9 +129,10 @@ def evaluated(run: Run, evaluator: Evaluator) -> Evaluation:
 def speeds(drawn: Drawn, metrics: measures.Measures) -> measures.Measures:
     """Seconds of the first half, and tokens per second of both."""
     tokens = sum(measures.length(c) for group in drawn.groups for c in group.rollout.completions)
+    sampled = {"tokens_per_second_sampling": tokens / drawn.sampling} if drawn.sampling else {}
     return {
         "seconds/sampling": drawn.sampling,
         "seconds/rewards": drawn.scoring,
-        "tokens_per_second_sampling": tokens / max(drawn.sampling, 1e-9),
+        **sampled,
         "tokens_per_second_training": tokens / max(metrics["seconds/scoring"] + metrics["seconds/training"], 1e-9),
     }
