@@ -17,18 +17,19 @@ ROOT = Path(rebel.__file__).parent
 
 ORDER = """
     types errors
-    pairing algorithm
+    pairing algorithm margins
     stepsize data evaluate report rewards policies samplers learner
     measures way checkpoint collect evaluators fit
+    preferences recorded anchors offline
     train
     convert config from_trl settings validate model_card plan trackers record
-    build job
+    build_offline build job
     trainer tasks doctor cli __main__
 """
 """Modules and packages from the inside to the outside: each may import those before it, and no other."""
 
 SEE_CONFIG = """
-    from_trl settings validate model_card plan trackers record build job trainer tasks
+    from_trl settings validate model_card plan trackers record build_offline build job trainer tasks
 """
 """What is about settings, or puts a run together from them. The method, its parts and the loop are not."""
 
@@ -42,6 +43,11 @@ FOREIGN = {
     "evaluate": PURE,
     "measures": PURE,
     "way": set(),
+    "margins": PURE,
+    "preferences": PURE | {"trl"},
+    "recorded": {"torch"},
+    "anchors": PURE | {"safetensors"},
+    "offline": PURE | {"accelerate"},
     "fit": PURE,
     "train": set(),
     "collect": {"accelerate", "torch"},
@@ -129,7 +135,7 @@ def test_only_what_is_about_settings_sees_them() -> None:
 
 def test_the_loop_sees_protocols_and_no_model_sampler_or_reward() -> None:
     pure = {"rewards.groups"}  # arithmetic on scored groups
-    for name in ("algorithm", "learner", "measures", "way", "fit", "collect", "evaluators", "train"):
+    for name in ("algorithm", "learner", "measures", "way", "fit", "collect", "evaluators", "offline", "train"):
         seen = {i.removeprefix("rebel.") for i, _ in imports(files()[name]) if i.startswith("rebel.")}
         concrete = {i for i in seen - pure if part(i) in ("policies", "samplers", "rewards", "report", "trackers")}
         assert not concrete, f"{name} imports {concrete}"

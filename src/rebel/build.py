@@ -31,7 +31,7 @@ from transformers import (
     get_scheduler,
 )
 
-from rebel.build_offline import Parts, Recordings, Rows, build_groups, describe_offline, offline_parts
+from rebel.build_offline import Parts, Recordings, Rows, build_groups, describe_offline, hybrid, offline_parts
 from rebel.collect import Online, Source
 from rebel.config import RebelConfig
 from rebel.data import PromptStream, load_prompts, that_fit
@@ -236,8 +236,9 @@ def online_parts(
     assert isinstance(policy, CausalLM), "build_policy made it"
     precision: Any = accelerator.autocast  # whose annotation contradicts its default
     sampler = Generate(policy, config.max_completion_length, config.temperature, precision)
+    drawing, *notes = hybrid(sampler, prompts[0], policy, config) if config.data_completions else (sampler,)
     source = Source(
-        sampler=sampler,
+        sampler=drawing,
         reward=reward,
         stream=PromptStream(prompts[0], config.seed),
         group_size=config.num_generations,
@@ -259,6 +260,7 @@ def online_parts(
         collector=Online(source, config.prompts_per_iteration, config.replace_flat_groups),
         evaluator=ByReward(evaluation, prompts[1]) if prompts[1] else None,
         step_rule=build_step_rule(config),
+        notes=tuple(notes),
     )
 
 
@@ -326,23 +328,20 @@ def build_job(
     # offline the anchor is the initial policy, and there are no completions of the policy's own to measure a KL on
     reference = None if config.offline else build_reference(policy, config)
     iterations = iterations_of(config, len(material.training))
-    mover = build_learner(
-        accelerator, policy, config, arguments, iterations * config.steps_per_iteration * config.passes
-    )
+    steps = iterations * config.steps_per_iteration * config.passes
+    mover = build_learner(accelerator, policy, config, arguments, steps)
     main = accelerator.is_main_process
     trackers = Trackers(callbacks, arguments, policy.model, tokenizer, mover.optimizer, mover.scheduler, main)
     terminal = Terminal(iterations, disable=config.disable_tqdm, silent=not main, offline=config.offline)
     notes = Notes(trainer_state=trackers.state)
     judge = reward(notes)
-    save = partial(save_model, config, mover)
-    folder = Path(config.output_dir)
-    count = len(material.training)
+    save, folder, count = partial(save_model, config, mover), Path(config.output_dir), len(material.training)
     recorder = Recorder(config, folder, terminal, trackers, mover, save, count, notes.take_metrics)
     parts = material.parts(config, mover, judge, terminal.say)
     run = build_run(config, mover, reference, parts, recorder)
     memory = estimate(policy.model, config, reference_is_copy(reference, policy, config), mover.average > 0)
     plan = material.plan(config, parts, iterations, accelerator.num_processes, memory)
-    return Job(config, run, recorder, judge, iterations, plan, parts.recordings)
+    return Job(config, run, recorder, judge, iterations, [*plan, *parts.notes], parts.recordings)
 
 
 @dataclass(frozen=True, slots=True)
@@ -353,9 +352,7 @@ class Material:
     held_out: Sequence[Prompt] | Groups
     dropped: int = 0
 
-    def parts(
-        self, config: RebelConfig, learner: Learner, reward: Weighted | None, say: Callable[[str], None]
-    ) -> Parts:
+    def parts(self, config: RebelConfig, learner: Learner, reward: Weighted | None, say: Callable) -> Parts:
         """The parts that take their groups from it."""
         if isinstance(self.training, Groups):
             held_out = self.held_out if isinstance(self.held_out, Groups) else None
@@ -368,8 +365,7 @@ class Material:
         """The plan of the run in words."""
         if parts.recordings:
             return describe_offline(config, parts.recordings, self.dropped, iterations, world, memory)
-        counts = len(self.training), len(self.held_out), self.dropped
-        return describe(config, *counts, iterations, world, memory)
+        return describe(config, len(self.training), len(self.held_out), self.dropped, iterations, world, memory)
 
 
 def encoded(data: Data, policy: CausalLM, config: RebelConfig) -> Material:

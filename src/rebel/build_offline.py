@@ -25,9 +25,10 @@ from rebel.policies.causal_lm import CausalLM
 from rebel.preferences import Reading, format_of, read, reading_of
 from rebel.recorded import Groups, Tokens, groups_of
 from rebel.rewards.combine import Weighted
+from rebel.samplers.hybrid import FromColumns, Hybrid
 from rebel.stepsize import AutoEta, GivenEta, StepRule
 from rebel.train import Collector, Evaluator
-from rebel.types import Pairing
+from rebel.types import Pairing, Prompt, Sampler
 
 RowsIn = Dataset | Sequence[dict[str, Any]]
 
@@ -140,6 +141,7 @@ class Parts:
     evaluator: Evaluator | None
     step_rule: StepRule
     recordings: tuple[Recordings, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 def offline_parts(
@@ -167,6 +169,22 @@ def offline_parts(
         evaluator=ByPairs(held, pairing, rule, config.scale_rewards) if held else None,
         step_rule=rule,
         recordings=(mine, held) if held else (mine,),
+    )
+
+
+def hybrid(sampler: Sampler, prompts: Sequence[Prompt], policy: CausalLM, config: RebelConfig) -> tuple[Hybrid, str]:
+    """The sampler with the completions of --data_columns beside its own, and a line for the plan."""
+    beside = FromColumns(policy, tuple(config.data_columns), config.max_completion_length)
+    counts = [len(beside(prompt)) for prompt in prompts]
+    if not any(counts):
+        raise RebelError(
+            f"--data_columns {' '.join(config.data_columns)}: no prompt has a completion there of at most "
+            f"--max_completion_length {config.max_completion_length} tokens"
+        )
+    fewer = sum(count < config.data_completions for count in counts)
+    note = f"hybrid       {config.data_completions} of {config.num_generations} completions are the data's"
+    return Hybrid(sampler, beside, config.data_completions), note + (
+        f"; {fewer:,} prompts have fewer, and smaller groups" if fewer else ""
     )
 
 

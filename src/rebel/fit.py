@@ -16,7 +16,7 @@ from rebel.algorithm import Fit, collate, explained, regress, regression_batch
 from rebel.data import shuffled
 from rebel.learner import Learner
 from rebel.stepsize import StepRule
-from rebel.types import LogProb, Pairing, Scored
+from rebel.types import OWN, LogProb, Pairing, Scored
 from rebel.way import Moved, meet
 
 Phase = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
@@ -197,7 +197,7 @@ def of_anchors(problem: Problem) -> measures.Measures:
     """Entropy per token and KL to the initial policy, of pi_t on the completions that it drew itself."""
     groups = {i: problem.groups[i] for i in problem.anchor}
     own = {i: measures.drawn_by_policy(group) for i, group in groups.items()}
-    drawn = [c for group in groups.values() for c in group.rollout.completions if c.source == measures.OWN]
+    drawn = [c for group in groups.values() for c in group.rollout.completions if c.source == OWN]
     tokens = sum(map(measures.length, drawn))
     nats = float(sum(problem.anchor[i][own[i]].sum() for i in groups))
     away = {i: problem.anchor[i] - problem.reference[i] for i in groups if i in problem.reference}

@@ -12,13 +12,9 @@ from torch import Tensor
 from rebel.algorithm import Fit, explained, rebel_loss
 from rebel.evaluate import length, mean
 from rebel.rewards.groups import flat
-from rebel.types import Completion, Scored
+from rebel.types import OWN, Completion, Scored
 
 Measures = dict[str, float]
-
-
-OWN = "policy"
-"""Source of the completions that the policy drew itself."""
 
 
 def of_draws(groups: Sequence[Scored], kept: Sequence[Scored]) -> Measures:

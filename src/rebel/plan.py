@@ -58,13 +58,10 @@ def describe(
     passes = f" in {config.passes} passes" if config.passes > 1 else ""
     per_step = config.prompts_per_iteration / config.steps_per_iteration
     lost = f"; {dropped:,} longer than fits were dropped" if dropped else ""
-    hybrid = (
-        f", {config.data_completions} of them from {', '.join(config.data_columns)}" if config.data_completions else ""
-    )
     return [
         f"prompts      {prompts:,} to train on, {evaluated:,} to evaluate on{lost}",
         f"iteration    {config.prompts_per_iteration} prompts x {group} completions = {drawn:,} samples of at most "
-        f"{config.max_completion_length} tokens{hybrid}",
+        f"{config.max_completion_length} tokens",
         f"regression   {steps} optimiser steps{passes}, about {per_step:g} prompts ({per_step * group:g} completions) "
         f"each, {config.pairing} pairs",
         f"step         {step_in_words(config)}",

@@ -122,7 +122,9 @@ def read_pair(row: Row, how: Reading, where: str) -> Recorded | str:
     margin = margin_of_pair(row, how, where)
     if margin is None:
         return NO_VOTES
-    return Recorded(prompt, (chosen, rejected), margins=torch.tensor([[0.0, margin], [-margin, 0.0]]).double())
+    return Recorded(
+        prompt, (chosen, rejected), margins=torch.tensor([[0.0, margin], [-margin, 0.0]], dtype=torch.float64)
+    )
 
 
 def split(row: Row, how: Reading, where: str) -> tuple[Prompt, Content, Content] | str:
@@ -252,15 +254,16 @@ def read_comparisons(row: Row, how: Reading, where: str) -> Recorded | str:
 def margins_of(given: Any, count: int, how: Reading) -> Float[Tensor, "G G"] | None:
     """Margins from a matrix (row over column, null where nobody compared) or from votes {first, second, share}."""
     if isinstance(given, list) and all(isinstance(vote, Mapping) for vote in given):
-        votes = [Vote(int(v["first"]), int(v["second"]), v.get("share")) for v in given]
-        votes = [vote for vote in votes if vote.share is not None and not math.isnan(vote.share)]
+        votes = [vote for vote in map(vote_of, given) if vote.share is not None and not math.isnan(vote.share)]
         return margins_of_votes(count, votes, how.clip) if votes else None
-    if not isinstance(given, list) or [len(line or []) for line in given] != [count] * count:
+    square = isinstance(given, list) and len(given) == count
+    if not square or not all(isinstance(line, list) and len(line) == count for line in given):
         raise RebelError(
             f"it is {shown(given)}; give a matrix of {count} x {count}, or votes with first, second and "
             "share; for a reward of each completion use --data_format groups"
         )
-    matrix = torch.tensor([[math.nan if x is None else float(x) for x in line] for line in given]).double()
+    lines = [[math.nan if x is None else float(x) for x in line] for line in given]
+    matrix = torch.tensor(lines, dtype=torch.float64)
     if how.margin_type == "margin":
         return checked_margins(matrix)
     if how.margin_type == "votes":
@@ -269,6 +272,15 @@ def margins_of(given: Any, count: int, how: Reading) -> Float[Tensor, "G G"] | N
         matrix = (matrix + 1) / 2
     matrix = matrix.masked_fill(torch.eye(count, dtype=torch.bool), math.nan)
     return margins_of_probabilities(matrix, how.clip)
+
+
+def vote_of(given: Row) -> Vote:
+    """A vote as the data have it."""
+    try:
+        share = given.get("share")
+        return Vote(int(given["first"]), int(given["second"]), None if share is None else float(share))
+    except (KeyError, TypeError, ValueError):
+        raise RebelError(f"{shown(dict(given))} is no vote; give first and second (places from 0), and share") from None
 
 
 def completions_of(row: Row, where: str) -> tuple[Content, ...]:

@@ -12,10 +12,7 @@ import torch
 
 from rebel.errors import RebelError
 from rebel.preferences import Reading, Recorded, read
-from rebel.types import Completion, Content, Prompt, Rollout, Scored, TokenTrace
-
-DATA = "data"
-"""Source of the completions that the policy did not draw."""
+from rebel.types import DATA, Completion, Content, Prompt, Rollout, Scored, TokenTrace
 
 LONG_PROMPT, LONG = "prompts longer than fit", "completions longer than fit"
 """Why a row, or a completion of it, is left out."""

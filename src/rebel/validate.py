@@ -202,11 +202,11 @@ def _length(config: RebelConfig) -> Complaints:
     ]
     if not given:
         yield (
-            "how long to train is not given: use --iterations, --num_train_epochs for laps over the data, or "
-            "--max_steps for optimiser steps"
+            "how long to train is not given: use --iterations, or --max_steps for optimiser steps, or "
+            "--num_train_epochs for laps over the data"
         )
     elif len(given) > 1:
-        yield f"{_said(config, *given)}: all of them say how long to train; use one"
+        yield f"{_said(config, *given)}: {'both' if len(given) == 2 else 'all'} say how long to train; use one of them"
 
 
 def _evaluation(config: RebelConfig) -> Complaints:

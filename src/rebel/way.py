@@ -9,8 +9,7 @@ from itertools import chain, zip_longest
 from typing import Any
 
 from rebel.learner import Departure, Learner
-from rebel.measures import OWN
-from rebel.types import Scored
+from rebel.types import OWN, Scored
 
 PROBE = 2048
 """Completions on which the KL of an iteration is measured: those of as many prompts as there are first."""
