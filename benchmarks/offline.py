@@ -55,7 +55,7 @@ TRAINING, VALIDATION, TEST = 200, 240, 320
 """Pairs of a training, a validation and a test split."""
 SEEDS = (1, 2, 3, 4, 5)
 RATES = (3e-5, 1e-4, 3e-4)
-SCALES = {"rebel": (10.0, 100.0), "rebel groups": (10.0, 100.0), "dpo": (0.1, 0.01), "ipo": (1.0, 0.1)}
+SCALES = {"rebel": (10.0, 100.0), "dpo": (0.1, 0.01), "ipo": (1.0, 0.1), "rebel groups": (10.0, 100.0)}
 TRL_LOSS = {"dpo": "sigmoid", "ipo": "ipo"}
 SETS = ("gsm8k", "qa-feedback")
 
@@ -339,7 +339,7 @@ def grid(sets: Sequence[str]) -> None:
             assert best is not None
             for seed in SEEDS:
                 once(best, seed)
-                if method.startswith("rebel"):
+                if method == "rebel":
                     once(replace(best, scale=1e6), seed)
 
 

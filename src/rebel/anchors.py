@@ -46,8 +46,8 @@ class AnchorFile:
             return None, ""
         try:
             with safe_open(self.path, "pt") as file:
-                notes, logp = file.metadata() or {}, file.get_tensor("logp")
-        except (OSError, SafetensorError) as error:
+                notes, logp = json.loads((file.metadata() or {}).get("notes", "{}")), file.get_tensor("logp")
+        except (OSError, SafetensorError, ValueError) as error:
             return None, f"{self.path} cannot be read ({str(error).splitlines()[0]})"
         if {name: notes.get(name) for name in self.key} != dict(self.key):
             return None, f"{self.path} belongs to another model, data set or setting"
@@ -59,7 +59,8 @@ class AnchorFile:
         """Keep the anchors; the name appears only once all of them are on disk."""
         self.folder.mkdir(parents=True, exist_ok=True)
         partial = self.path.with_suffix(".partial")
-        save_file({"logp": logp.double().contiguous()}, partial, {**self.key, "checksum": checksum(logp)})
+        notes = json.dumps({**self.key, "checksum": checksum(logp)}, sort_keys=True)
+        save_file({"logp": logp.double().contiguous()}, partial, {"notes": notes})
         partial.replace(self.path)
 
 

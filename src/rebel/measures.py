@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from jaxtyping import Bool, Float
@@ -88,7 +88,7 @@ def correlation(x: Tensor, y: Tensor) -> float:
     return float(torch.corrcoef(torch.stack([x, y]))[0, 1])
 
 
-def margin_variance(groups: Sequence[Scored], shaping: Mapping[int, Tensor], beta: float) -> float:
+def margin_variance(groups: Iterable[Scored], shaping: Mapping[int, Tensor], beta: float) -> float:
     """Mean variance of r~ within a group; `shaping` has log pi_t - log pi_ref of groups, by index.
 
     Half the mean square of the margins: for rewards that is their unbiased variance.

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -60,7 +60,7 @@ class Recordings:
             self.logp = self.new_anchors(learner, watch)
             if learner.accelerator.is_main_process:
                 self.file.write(self.logp)
-        self.spread = measures.margin_variance(self, {}, 0.0)
+        self.spread = measures.margin_variance(iter(self), {}, 0.0)
 
     def kept_anchors(self, learner: Learner) -> Tensor | None:
         """The anchors on disk, if every process can read them."""
@@ -107,7 +107,7 @@ class Recordings:
         components = {name: values[span] for name, values in self.components.items()}
         return Scored(group.rollout, rewards=self.rewards[span], components=components)
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[Scored]:
         return (self[k] for k in range(len(self)))
 
     def anchor(self, k: int) -> Float[Tensor, " G"]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -32,6 +32,14 @@ ALONE, TURNS = "fewer than two completions", "turns of others within a completio
 FORMATS = "chosen and rejected; completions and rewards; or completions and comparisons"
 TEXTS = ("text", "completion", "content")
 """Where a completion that is a dictionary has its text."""
+
+
+@runtime_checkable
+class Table(Protocol):
+    """Rows by number: a Dataset, or a list."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, number: int, /) -> Any: ...
 
 
 @dataclass(frozen=True, slots=True)

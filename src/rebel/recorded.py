@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import torch
 
 from rebel.errors import RebelError
-from rebel.preferences import Reading, Recorded, read
+from rebel.preferences import Reading, Recorded, Table, read
 from rebel.types import DATA, Completion, Content, Prompt, Rollout, Scored, TokenTrace
 
 LONG_PROMPT, LONG = "prompts longer than fit", "completions longer than fit"
@@ -39,7 +39,7 @@ class Tokens:
 class Groups:
     """The usable groups of a data set, a sequence of `Scored`. Only ids and places are held, texts are read again."""
 
-    rows: Sequence
+    rows: Table
     how: Reading
     name: str
     number: array = field(default_factory=lambda: array("q"))
@@ -134,7 +134,7 @@ def comparable(found: Recorded, places: Sequence[int]) -> bool:
     return bool(found.margins[chosen][:, chosen][off].isfinite().any())
 
 
-def groups_of(rows: Sequence, numbers: Sequence[int], how: Reading, name: str, tokens: Tokens) -> Groups:
+def groups_of(rows: Table, numbers: Sequence[int], how: Reading, name: str, tokens: Tokens) -> Groups:
     """The usable groups of these rows."""
     groups = Groups(rows, how, name)
     for number in numbers:
