@@ -366,7 +366,89 @@ def main() -> None:
 
 
 def table() -> str:
-    return ""
+    """Both sets as tables, with what was dropped and how the methods were tuned."""
+    return "\n".join(line for data in SETS for line in lines_of(data))
+
+
+def lines_of(data: str) -> Iterator[str]:
+    """The table of one set: means over seeds, and differences from REBEL paired by seed."""
+    found, lost = groups(data)
+    rows = {key(row): row for row in read_rows(RUNS)}
+    yield f"## {data}\n"
+    yield (
+        f"{len(found)} prompts with {sum(len(g.better) for g in found):,} pairs; of {lost['pairs']:,} there were "
+        f"{lost['pairs over 512 tokens']} with a side over 512 tokens. {TRAINING} pairs to train on in "
+        f"{TRAINING // PAIRS_A_STEP} steps, {TEST} to measure on; seeds {', '.join(map(str, SEEDS))}.\n"
+    )
+    yield (
+        "| method | learning rate | eta or beta | accuracy | REBEL less this, paired | R² at best scale | "
+        "log-ratio better, worse | gradient norm: median, max, final |"
+    )
+    yield "| --- | --- | --- | --- | --- | --- | --- | --- |"
+    runs = dict(runs_of(data, rows))
+    ours = runs.get("rebel")
+    for name, seeds in runs.items():
+        yield line(name, seeds, ours)
+    yield line_of_accuracy("length alone, the better way round on the training pairs", length_alone(data), ours)
+    yield line_of_accuracy("chance", [0.5] * len(SEEDS), ours)
+    yield ""
+
+
+def runs_of(data: str, rows: Mapping[tuple, dict[str, Any]]) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    """The rows of each method at its tuned point, a row a seed; methods that are not finished are left out."""
+    for method in SCALES:
+        best = tuned(data, method, lambda s, seed: rows.get(key(asdict(s) | {"seed": seed})))
+        if best is None:
+            continue
+        for name, point in ((method, best), (f"{method}, eta 1e6 (regression off)", replace(best, scale=1e6))):
+            seeds = [rows.get(key(asdict(point) | {"seed": seed})) for seed in SEEDS]
+            if all(seeds):
+                yield name, [row for row in seeds if row]
+
+
+def line(name: str, seeds: Sequence[dict[str, Any]], ours: Sequence[dict[str, Any]] | None) -> str:
+    first = seeds[0]
+    assert all(row["finite"] for row in seeds), "a gradient that is not finite ends a run"
+    mean = {k: fmean(row[k] for row in seeds) for k in ("accuracy", "r2", "better", "worse")}
+    norms = [fmean(row[f"grad_norm_{which}"] for row in seeds) for which in ("median", "max", "final")]
+    norms[1] = max(row["grad_norm_max"] for row in seeds)
+    return (
+        f"| {name} | {first['learning_rate']:g} | {first['scale']:g} | {with_error([r['accuracy'] for r in seeds])} | "
+        f"{paired([r['accuracy'] for r in seeds], ours)} | {mean['r2']:.3f} | {mean['better']:.1f}, "
+        f"{mean['worse']:.1f} | {', '.join(f'{norm:,.0f}' for norm in norms)} |"
+    )
+
+
+def line_of_accuracy(name: str, values: Sequence[float], ours: Sequence[dict[str, Any]] | None) -> str:
+    return f"| {name} | | | {with_error(values)} | {paired(values, ours)} | | | |"
+
+
+def with_error(values: Sequence[float]) -> str:
+    """Mean over seeds with its standard error."""
+    return f"{fmean(values):.3f} ± {stdev(values) / len(values) ** 0.5:.3f}"
+
+
+def paired(theirs: Sequence[float], ours: Sequence[dict[str, Any]] | None) -> str:
+    if ours is None:
+        return ""
+    differences = [row["accuracy"] - other for row, other in zip(ours, theirs, strict=True)]
+    return with_error(differences) if any(differences) else ""
+
+
+def length_alone(data: str) -> list[float]:
+    """Accuracy of "the longer is better", or of the opposite where the training pairs say so, on every seed."""
+
+    def longer(pairs: Sequence[dict[str, str]]) -> float:
+        gaps = [len(trace(p["prompt"], p["chosen"])) - len(trace(p["prompt"], p["rejected"])) for p in pairs]
+        return fmean((gap > 0) + 0.5 * (gap == 0) for gap in gaps)
+
+    found = []
+    for seed in SEEDS:
+        parts = split(data, seed)
+        training = longer([pair for group in parts.training for pair in group.pairs])
+        test = longer(parts.held_out)
+        found.append(test if training >= 0.5 else 1 - test)
+    return found
 
 
 if __name__ == "__main__":
