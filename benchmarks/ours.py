@@ -38,7 +38,7 @@ class Settings:
     prompts: int = 8
     group: int = 8
     steps: int = 8
-    passes: int = RebelConfig.num_iterations
+    passes: int = RebelConfig().passes
     beta: float = 0.0
     eta: float | str = "auto"
     kl_per_iteration: float | None = RebelConfig.kl_per_iteration

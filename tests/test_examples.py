@@ -164,6 +164,35 @@ def documented() -> set[str]:
     return {word for line in rows for word in line.split("|")[1].replace("`", "").replace(",", " ").split()}
 
 
+@pytest.fixture
+def compared(tmp_path: Path) -> Path:
+    """Real preferences: 90 pairs of answers that people compared."""
+    source = DATA / "qa-feedback" / "pairs.jsonl"
+    if not source.exists():
+        pytest.skip(f"the pairs are not at {source}; set REBEL_DATA to the folder that has them")
+    (tmp_path / "pairs.jsonl").write_text("".join(source.read_text().splitlines(keepends=True)[:90]))
+    return tmp_path / "pairs.jsonl"
+
+
+def test_the_offline_example_runs(stories: Path, compared: Path, tmp_path: Path, train: Train) -> None:
+    (tmp_path / "run").mkdir()
+    metrics = train(
+        "offline.yaml",
+        model_name_or_path=stories,
+        dataset_name=compared,
+        max_completion_length=480,
+        prompts_per_iteration=40,
+        steps_per_iteration=5,
+        iterations="null",
+        eval_prompts=20,
+    )
+    assert metrics[0]["eval/accuracy"] == 0.5 and metrics[0]["eval/r2"] == 0
+    assert metrics[-1]["eval/accuracy"] != 0.5
+    assert all(0 < row["grad_norm"] < 1e5 for row in metrics[1:])
+    assert not {key for row in metrics for key in row} - documented()
+    AutoModelForCausalLM.from_pretrained(tmp_path / "run")
+
+
 def test_the_lora_example_runs_and_writes_an_adapter(
     stories: Path, first_sentences: Path, tmp_path: Path, train: Train
 ) -> None:

@@ -127,7 +127,7 @@ def test_defaults_are_not_shared_between_runs():
         ("epsilon", "--epsilon is not a setting of REBEL: a regression clips no ratio"),
         ("epsilon_high", "clips no ratio"),
         ("vllm_gpu_memory_utilization", "completions are drawn in the training process"),
-        ("num_train_epochs", "--iterations or --max_steps"),
+        ("num_ppo_epochs", "--iterations, --num_train_epochs or --max_steps"),
     ],
 )
 def test_an_unknown_name_gets_the_nearest_one_or_an_explanation(name: str, words: str):

@@ -31,38 +31,32 @@ from transformers import (
     get_scheduler,
 )
 
-from rebel.build_win_rates import for_evaluation, win_rates
-from rebel.collect import Online, Source
+from rebel.build_offline import Rows, build_groups, describe_offline, offline_parts
+from rebel.build_online import PAIRINGS, Parts, online_parts
+from rebel.build_win_rates import win_rates
 from rebel.config import RebelConfig
-from rebel.data import PromptStream, load_prompts, that_fit
+from rebel.data import load_prompts, that_fit
 from rebel.errors import RebelError
-from rebel.evaluators import ByReward
 from rebel.fit import Regression
 from rebel.iterates import FOLDER as ITERATES
 from rebel.iterates import Iterates
-from rebel.judging import build_evaluator, judge_of_evaluation
-from rebel.large_batch import build_rounds, in_rounds, in_words, iterations_of_rounds, round_size, whose
+from rebel.judging import judge_of_evaluation
+from rebel.large_batch import in_rounds, iterations_of_rounds, round_size, whose
 from rebel.learner import Learner, learner
 from rebel.loading import loaded
 from rebel.model_card import model_card
-from rebel.pairing import all_pairs, best_against_worst, random_pairs
-from rebel.plan import describe, estimate, layout_in_words
+from rebel.plan import Memory, describe, estimate, layout_in_words
 from rebel.policies.causal_lm import CausalLM, LanguageModel, causal_lm, frozen_copy, initial_adapter, without_adapter
 from rebel.record import Recorder
+from rebel.recorded import Groups
 from rebel.report import Terminal
 from rebel.rewards.combine import Weighted
 from rebel.rewards.functions import Notes
 from rebel.rewards.load import as_reward
 from rebel.rollouts import Prompts
-from rebel.rounds import Rounds, Say, unscored
-from rebel.samplers.generate import Generate
-from rebel.samplers.mixture import Mixture
-from rebel.stepsize import AutoEta, GivenEta, StepRule
 from rebel.trackers import Trackers, training_arguments
 from rebel.train import Hooks, Run
-from rebel.types import Judge, LogProb, Pairing, Prompt, Reward
-
-PAIRINGS: dict[str, Pairing] = {"all": all_pairs, "extremes": best_against_worst, "random": random_pairs}
+from rebel.types import Judge, LogProb, Prompt
 
 
 def build_accelerator(config: RebelConfig) -> Accelerator:
@@ -191,12 +185,6 @@ def memory_of_average(config: RebelConfig) -> float:
     return config.average
 
 
-def build_step_rule(config: RebelConfig) -> StepRule:
-    if config.eta == "auto":
-        return AutoEta(config.beta, config.kl_per_iteration)
-    return GivenEta(float(config.eta), config.beta, config.kl)
-
-
 def build_learner(
     accelerator: Accelerator, policy: CausalLM, config: RebelConfig, arguments: TrainingArguments, steps: int
 ) -> Learner:
@@ -225,83 +213,37 @@ def build_learner(
     )
 
 
-def build_run(
-    config: RebelConfig,
-    learner: Learner,
-    reference: LogProb | None,
-    reward: Reward,
-    prompts: tuple[Sequence[Prompt], Sequence[Prompt]],
-    hooks: Hooks,
-    judge: Judge | None = None,
-    iterates: Iterates | None = None,
-    say: Say = print,
-) -> Run:
+def build_run(config: RebelConfig, learner: Learner, reference: LogProb | None, parts: Parts, hooks: Hooks) -> Run:
     """A run over the parts."""
-    accelerator, policy = learner.accelerator, learner.policy
-    assert isinstance(policy, CausalLM), "build_policy made it"
-    sampler = build_sampler(config, policy, accelerator)
-    source = Source(
-        sampler=sampler,
-        reward=reward,
-        stream=PromptStream(prompts[0], config.seed),
-        group_size=config.num_generations,
-        chunk=max(1, config.sampling_batch // config.num_generations),
-        penalty=config.missing_eos_penalty or 0.0,
-        drop_unfinished=config.drop_truncated,
-        scale=config.scale_rewards,
-        rank=accelerator.process_index,
-        world=accelerator.num_processes,
-    )
-    heat = config.temperature if config.eval_temperature is None else config.eval_temperature
-    cool = replace(sampler, temperature=heat)
-    mixture = Mixture(cool, iterates, config.sampling_batch) if iterates else None
-    each = config.sampling_batch // config.eval_generations
-    evaluation = replace(
-        source,
-        sampler=mixture or cool,
-        reward=for_evaluation(reward, Path(config.output_dir)),
-        group_size=config.eval_generations,
-        # a mixture loads its iterates for each chunk, and fills its batches itself
-        chunk=max(1, -(-len(prompts[1]) // source.world) if mixture else each),
-    )
-    by_reward = ByReward(evaluation, prompts[1], mixture.scored if mixture else None)
     regression = Regression(
         steps=config.steps_per_iteration,
-        passes=config.num_iterations,
+        passes=config.passes,
         pairing=PAIRINGS[config.pairing],
-        step_rule=build_step_rule(config),
+        step_rule=parts.step_rule,
         beta=config.beta,
         held_out=config.held_out if config.early_stop else 0.0,
     )
     return Run(
         learner=learner,
-        collector=(
-            build_rounds(config, source, prompts[0], regression.pairing, policy, say)
-            if in_rounds(config)
-            else Online(source, config.prompts_per_iteration, config.replace_flat_groups)
-        ),
+        collector=parts.collector,
         regression=regression,
         reference=reference,
-        evaluator=build_evaluator(config, by_reward, judge, cool) if prompts[1] else None,
+        evaluator=parts.evaluator,
         max_failed=config.max_failed_rewards,
         seed=config.seed,
         hooks=hooks,
     )
 
 
-def build_sampler(config: RebelConfig, policy: CausalLM, accelerator: Accelerator) -> Generate:
-    """Who draws for training."""
-    precision: Any = accelerator.autocast  # whose annotation contradicts its default
-    return Generate(policy, config.max_completion_length, config.temperature, precision)
-
-
-def iterations_of(config: RebelConfig, training: Sequence[Prompt]) -> int:
-    """Iterations of the run, from --rounds, --iterations or --max_steps."""
-    if in_rounds(config):
+def iterations_of(config: RebelConfig, training: Sequence[Prompt] | Groups) -> int:
+    """Iterations of the run, from --rounds, --iterations, --num_train_epochs or --max_steps."""
+    if in_rounds(config) and not isinstance(training, Groups):
         return iterations_of_rounds(config, round_size(config, training))
     if config.iterations is not None:
         return config.iterations
-    return math.ceil(config.max_steps / (config.steps_per_iteration * config.num_iterations))
+    if config.num_train_epochs is not None:
+        return math.ceil(config.num_train_epochs * len(training) / config.prompts_per_iteration)
+    return math.ceil(config.max_steps / (config.steps_per_iteration * config.passes))
 
 
 @dataclass
@@ -313,56 +255,119 @@ class Job:
     recorder: Recorder
     iterations: int
     plan: list[str]
+    parts: Parts
+
+
+Data = tuple[Sequence[Prompt], Sequence[Prompt]] | tuple[Rows, Rows | None]
+"""What to train and to evaluate on: prompts, or offline rows with completions."""
 
 
 def build_job(
     config: RebelConfig,
     model: LanguageModel,
     tokenizer: PreTrainedTokenizerBase,
-    reward: Callable[[Notes], Weighted] | None,
-    prompts: tuple[Sequence[Prompt], Sequence[Prompt]],
+    reward: Callable[[Notes], Weighted | None],
+    data: Data,
     callbacks: Sequence[Any] = (),
 ) -> Job:
     """All parts of a run from its settings and what has been loaded. Touches no file.
 
-    Only where all rollouts are scored already and nothing is evaluated can it do without a reward.
+    Only where everything is scored already and nothing is evaluated by reward can it do without one.
     """
     arguments = training_arguments(config)  # before the accelerator, whose state it would reset
     accelerator = build_accelerator(config)
     policy = build_policy(model.to(accelerator.device), tokenizer, config)
-    given = prompts[0] if isinstance(prompts[0], Prompts) else None
-    training, dropped = fitting(prompts[0], policy, config) if given is None else (given, 0)
-    notices = [] if given is None else whose(config, given.rollouts, policy)
-    held_out = fitting(prompts[1], policy, config)[0] if prompts[1] else []
-    reference = build_reference(policy, config)
-    iterations = iterations_of(config, training)
-    steps = iterations * config.steps_per_iteration * config.num_iterations
-    mover = build_learner(accelerator, policy, config, arguments, steps)
-    main = accelerator.is_main_process
+    material = encoded(data, policy, config)
+    # offline the anchor is the initial policy, and there are no completions of the policy's own to measure a KL on
+    reference = None if config.offline else build_reference(policy, config)
+    iterations = iterations_of(config, material.training)
+    mover = build_learner(
+        accelerator, policy, config, arguments, iterations * config.steps_per_iteration * config.passes
+    )
+    main, folder = accelerator.is_main_process, Path(config.output_dir)
     trackers = Trackers(callbacks, arguments, policy.model, tokenizer, mover.optimizer, mover.scheduler, main)
-    terminal = Terminal(iterations, disable=config.disable_tqdm, silent=not main, judged=bool(config.eval_against))
+    terminal = build_terminal(config, iterations, main)
     notes = Notes(trainer_state=trackers.state)
-    judge = reward(notes) if reward else None
-    scored = training if given is None else held_out
-    if judge and scored:
-        judge.check(scored)
-    save = partial(save_model, config, mover)
-    folder = Path(config.output_dir)
     iterates = build_iterates(policy, config, iterations)
     recorder = Recorder(
-        config, folder, terminal, trackers, mover, save, len(training), notes.take_metrics, iterates=iterates
+        config,
+        folder,
+        terminal,
+        trackers,
+        mover,
+        partial(save_model, config, mover),
+        len(material.training),
+        notes.take_metrics,
+        iterates=iterates,
     )
-    compares = judge_of_evaluation(config, notes, held_out)
-    parts = (training, held_out)
-    run = build_run(config, mover, reference, judge or unscored, parts, recorder, compares, iterates, terminal.say)
-    if isinstance(run.collector, Rounds):
-        recorder.round = run.collector.per_round
-        notices.insert(0, in_words(config, run.collector.size))
+    parts = material.parts(config, mover, reward(notes), notes, iterates, terminal.say)
+    recorder.round = parts.per_round
+    run = build_run(config, mover, reference, parts, recorder)
     memory = estimate(policy.model, config, reference_is_copy(reference, policy, config), mover.average > 0)
-    layout = layout_in_words(config, policy.shared_prefix)
-    world = accelerator.num_processes
-    plan = describe(config, len(training), len(held_out), dropped, iterations, world, memory, layout)
-    return Job(config, run, recorder, iterations, [*plan, *notices])
+    plan = material.plan(config, parts, iterations, accelerator.num_processes, memory, policy.shared_prefix)
+    return Job(config, run, recorder, iterations, [*plan, *parts.notes, *material.notes], parts)
+
+
+def build_terminal(config: RebelConfig, iterations: int, main: bool) -> Terminal:
+    """The table of the run."""
+    return Terminal(
+        iterations,
+        disable=config.disable_tqdm,
+        silent=not main,
+        judged=bool(config.eval_against),
+        offline=config.offline,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Material:
+    """What a run is trained and evaluated on, in tokens that fit; `dropped` did not."""
+
+    training: Sequence[Prompt] | Groups
+    held_out: Sequence[Prompt] | Groups
+    dropped: int = 0
+    notes: tuple[str, ...] = ()
+
+    def parts(
+        self,
+        config: RebelConfig,
+        learner: Learner,
+        reward: Weighted | None,
+        notes: Notes,
+        iterates: Iterates | None,
+        say: Callable[[str], None],
+    ) -> Parts:
+        """The parts that take their groups from it."""
+        if isinstance(self.training, Groups):
+            held_out = self.held_out if isinstance(self.held_out, Groups) else None
+            return offline_parts(self.training, held_out, learner, config, PAIRINGS[config.pairing], reward, say)
+        held = () if isinstance(self.held_out, Groups) else self.held_out
+        seen = held if isinstance(self.training, Prompts) else self.training  # by the reward
+        if reward and seen:
+            reward.check(seen)
+        judge: Judge | None = judge_of_evaluation(config, notes, held)
+        return online_parts(config, learner, reward, (self.training, held), judge, iterates, say)
+
+    def plan(
+        self, config: RebelConfig, parts: Parts, iterations: int, world: int, memory: Memory, shared: bool
+    ) -> list[str]:
+        """The plan of the run in words."""
+        layout = layout_in_words(config, shared)
+        if parts.recordings:
+            return describe_offline(config, parts.recordings, self.dropped, iterations, world, memory, layout)
+        return describe(config, len(self.training), len(self.held_out), self.dropped, iterations, world, memory, layout)
+
+
+def encoded(data: Data, policy: CausalLM, config: RebelConfig) -> Material:
+    """The prompts, or the groups of the rows, that fit into the lengths."""
+    if isinstance(data[0], Rows):
+        held_out = build_groups(data[1], policy, config) if isinstance(data[1], Rows) else ()
+        return Material(build_groups(data[0], policy, config), held_out, data[0].shared)
+    held = fitting(data[1], policy, config)[0] if data[1] else []  # pyright: ignore[reportArgumentType]
+    if isinstance(data[0], Prompts):
+        return Material(data[0], held, notes=tuple(whose(config, data[0].rollouts, policy)))
+    training, dropped = fitting(data[0], policy, config)
+    return Material(training, held, dropped)
 
 
 def build_iterates(policy: CausalLM, config: RebelConfig, iterations: int) -> Iterates | None:
@@ -395,3 +400,10 @@ def build_reward(config: RebelConfig, notes: Notes, rewards: Sequence[Any] | Non
     models = {"trust_remote_code": config.trust_remote_code, **({"device": "cpu"} if config.use_cpu else {})}
     found = [as_reward(reward, notes, **models) for reward in given]
     return Weighted([*found, *win_rates(config, notes, models)], config.reward_weights)
+
+
+def reward_if_any(config: RebelConfig, notes: Notes, rewards: Sequence[Any] | None = None) -> Weighted | None:
+    """The reward, or None where none is given and all is scored already: offline, or with rollouts drawn before."""
+    given = config.reward_funcs if rewards is None else rewards
+    scored = config.offline or config.from_rollouts
+    return None if scored and not given and not config.judge else build_reward(config, notes, rewards)

@@ -52,6 +52,26 @@ class RebelConfig:
     """How many prompts to evaluate on; 0 for none."""
     max_prompt_length: int = 512
     """Longest prompt in tokens. Longer ones are dropped and counted, never cut."""
+    data_completions: int = 0
+    """Hybrid: how many of the num_generations come from the data instead of the policy."""
+    data_columns: list[str] = field(default_factory=list)
+    """Hybrid: columns with those completions, each a text, messages, or a list of such."""
+
+    # -- offline data --------------------------------------------------------------------------------------
+    offline: bool = False
+    """Learn from the completions in the data and draw none; pi_t of the regression is the initial policy throughout."""
+    data_format: Literal["auto", "preferences", "groups", "comparisons"] = "auto"
+    """Unset: by the columns: chosen and rejected; completions and rewards; completions and comparisons."""
+    margin_column: str | None = None
+    """Column of the margins (preferences), rewards (groups) or comparisons. Unset: margin, rewards, comparisons."""
+    margin_type: Literal["margin", "probability", "votes"] = "margin"
+    """What that column has: margins, or P(better) or votes, of which the margin is the clipped logit in nats."""
+    constant_margin: float = 1.0
+    """Margin of chosen over rejected where there is neither such a column nor a reward function."""
+    margin_clip: float = 3.0
+    """Largest margin that a probability or votes give, in nats."""
+    anchor_cache_dir: str | None = None
+    """Where log-probabilities of the initial policy are kept. Unset: the folder anchors in output_dir."""
 
     # -- rewards -------------------------------------------------------------------------------------------
     reward_funcs: list[str] = field(default_factory=list)
@@ -141,8 +161,8 @@ class RebelConfig:
     """Prompts drawn for each iteration, all processes together."""
     steps_per_iteration: int = 8
     """Optimiser steps per pass over the iteration's completions: as many minibatches of whole groups."""
-    num_iterations: int = 4
-    """Passes (epochs) over the completions of one iteration. (TRL's default is 1.)"""
+    num_iterations: int | None = None
+    """Passes over the completions of one iteration. Unset: 4, and 1 offline. (TRL's default is 1.)"""
     tokens_per_micro_batch: int = 8192
     """Tokens in one forward pass; sets the memory of training, never its result."""
     shared_prefix: bool = True
@@ -190,9 +210,11 @@ class RebelConfig:
     overwrite_output_dir: bool = False
     """Delete what a former run left in output_dir."""
     iterations: int | None = None
-    """Iterations of sampling and regressing; this or max_steps is given."""
+    """Iterations of sampling and regressing; this, max_steps or num_train_epochs is given."""
     max_steps: int = -1
     """Optimiser steps, instead of iterations; rounded up to whole iterations."""
+    num_train_epochs: float | None = None
+    """Laps over the data, instead of iterations; rounded up to whole iterations."""
     seed: int = 42
     """Seed of prompts, sampling and shuffling."""
     use_cpu: bool = False
@@ -222,8 +244,8 @@ class RebelConfig:
     """How many checkpoints to keep."""
     load_best_model_at_end: bool = False
     """Save the policy of the best evaluation as the result."""
-    metric_for_best_model: str = "eval/reward"
-    """The metric of the best evaluation."""
+    metric_for_best_model: str | None = None
+    """The metric of the best evaluation. Unset: eval/reward, and eval/accuracy offline."""
     greater_is_better: bool = True
     """Whether a larger value is better."""
     resume_from_checkpoint: str | bool | None = None
@@ -248,3 +270,13 @@ class RebelConfig:
     """TRL: completions per generation, translated likewise."""
     steps_per_generation: int | None = None
     """TRL: translated likewise."""
+
+    @property
+    def passes(self) -> int:
+        """num_iterations, or what it is unset."""
+        return (1 if self.offline else 4) if self.num_iterations is None else self.num_iterations
+
+    @property
+    def best_metric(self) -> str:
+        """metric_for_best_model, or what it is unset."""
+        return self.metric_for_best_model or ("eval/accuracy" if self.offline else "eval/reward")

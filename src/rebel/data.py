@@ -107,14 +107,19 @@ class PromptStream:
 
     def take(self, start: int, count: int) -> list[Prompt]:
         """The prompts at the places start .. start + count - 1 of the stream."""
-        orders: dict[int, list[int]] = {}
-        taken = []
-        for place in range(start, start + count):
-            lap, offset = divmod(place, len(self.prompts))
-            if lap not in orders:
-                orders[lap] = shuffled(len(self.prompts), self.seed, lap)
-            taken.append(self.prompts[orders[lap][offset]])
-        return taken
+        return [self.prompts[k] for k in laps(len(self.prompts), self.seed, start, count)]
+
+
+def laps(items: int, seed: int, start: int, count: int) -> list[int]:
+    """Places start .. start + count - 1 of an endless order of 0 .. items - 1; every lap is a new permutation."""
+    orders: dict[int, list[int]] = {}
+    taken = []
+    for place in range(start, start + count):
+        lap, offset = divmod(place, items)
+        if lap not in orders:
+            orders[lap] = shuffled(items, seed, lap)
+        taken.append(orders[lap][offset])
+    return taken
 
 
 def shuffled(count: int, *seeds: int) -> list[int]:

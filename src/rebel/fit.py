@@ -16,7 +16,7 @@ from rebel.algorithm import Fit, collate, explained, regress, regression_batch
 from rebel.data import shuffled
 from rebel.learner import Learner
 from rebel.stepsize import StepRule
-from rebel.types import LogProb, Pairing, Scored
+from rebel.types import OWN, LogProb, Pairing, Scored
 from rebel.way import Moved, meet
 
 Phase = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
@@ -183,17 +183,25 @@ def of_probe(
 ) -> measures.Measures:
     """Fit and movement after the last step, on the groups held out or on those of the last minibatch."""
     log_ratios = [after[i] - problem.anchor[i] for i in probe]
+    groups = [problem.groups[i] for i in probe]
+    own = [moved[measures.drawn_by_policy(group)] for group, moved in zip(groups, log_ratios, strict=True)]
     return {
         "r2_in_sample" if in_sample else "r2_held_out": r_squared_of(problem, how, after),
-        "kl_iteration": measures.half_variance(torch.cat(log_ratios)),
-        **measures.best_and_worst([problem.groups[i] for i in probe], log_ratios),
+        **({"kl_iteration": measures.half_variance(torch.cat(own))} if any(map(len, own)) else {}),
+        **measures.best_and_worst(groups, log_ratios),
+        **measures.log_ratios_of(groups, log_ratios, "logratio"),
     }
 
 
 def of_anchors(problem: Problem) -> measures.Measures:
-    """Entropy per token and KL to the initial policy, of pi_t on its own completions."""
-    tokens = sum(measures.length(c) for i in problem.anchor for c in problem.groups[i].rollout.completions)
-    nats = float(sum(logp.sum() for logp in problem.anchor.values()))
-    away = [problem.anchor[i] - problem.reference[i] for i in problem.anchor if i in problem.reference]
+    """Entropy per token and KL to the initial policy, of pi_t on the completions that it drew itself."""
+    groups = {i: problem.groups[i] for i in problem.anchor}
+    own = {i: measures.drawn_by_policy(group) for i, group in groups.items()}
+    drawn = [c for group in groups.values() for c in group.rollout.completions if c.source == OWN]
+    tokens = sum(map(measures.length, drawn))
+    nats = float(sum(problem.anchor[i][own[i]].sum() for i in groups))
+    away = {i: problem.anchor[i] - problem.reference[i] for i in groups if i in problem.reference}
+    from_own = [away[i][own[i]] for i in away]
     found = {"entropy": -nats / tokens} if tokens else {}
-    return found | ({"kl_initial": float(torch.cat(away).mean())} if away else {})
+    found |= {"kl_initial": float(torch.cat(from_own).mean())} if any(map(len, from_own)) else {}
+    return found | measures.log_ratios_of([groups[i] for i in away], list(away.values()), "logratio_initial")

@@ -10,7 +10,7 @@ from rebel.errors import RebelError
 
 _NO_CLIPPING = "a regression clips no ratio; the length of a step is --eta, or --kl_per_iteration with --eta auto"
 _ONE_LOSS = "there is one loss, the regression; --pairing and --kl choose its form"
-_ITERATIONS = "give --iterations or --max_steps; --num_iterations is the passes over an iteration's completions"
+_ITERATIONS = "give --iterations, --num_train_epochs or --max_steps; --num_iterations is passes over an iteration"
 _REFERENCE = "the initial policy stays as it is; --beta is the price of leaving it"
 _ENTROPY = "there is no bonus on the entropy; --beta keeps the policy near the initial one"
 _SHARDED = "every process holds the whole model: `accelerate launch -m rebel train ...` starts several"
@@ -21,7 +21,6 @@ ELSEWHERE = {
     "delta": _NO_CLIPPING,
     "importance_sampling_level": _NO_CLIPPING,
     "loss_type": _ONE_LOSS,
-    "num_train_epochs": _ITERATIONS,
     "num_ppo_epochs": _ITERATIONS,
     "use_vllm": "completions are drawn in the training process, --sampling_batch at a time",
     "vllm_*": "completions are drawn in the training process, --sampling_batch at a time",
@@ -125,6 +124,6 @@ def _lines(given: dict[str, int], world_size: int, completions: int, ours: Rebel
     return [
         f"TRL's {said} on {processes}: {completions} completions an iteration. In our words:",
         f"  prompts_per_iteration {ours.prompts_per_iteration} (of {ours.num_generations} completions)",
-        f"  steps_per_iteration {ours.steps_per_iteration} (and num_iterations {ours.num_iterations})",
+        f"  steps_per_iteration {ours.steps_per_iteration} (and num_iterations {ours.passes})",
         f"  tokens_per_micro_batch {ours.tokens_per_micro_batch} (this alone sets the memory of training)",
     ]

@@ -11,7 +11,8 @@ import datasets
 import transformers
 from torch import Tensor
 
-from rebel.build import Job, build_job, build_model, build_prompts, build_reward, build_tokenizer
+from rebel.build import Data, Job, build_job, build_model, build_prompts, build_tokenizer, reward_if_any
+from rebel.build_offline import Rows, build_rows
 from rebel.build_win_rates import ANSWERS, JUDGED
 from rebel.checkpoint import Progress, all_checkpoints, load
 from rebel.config import RebelConfig
@@ -47,6 +48,8 @@ def carry_out(job: Job, resume: Path | None = None) -> Progress:
     """Train until the end, or until something stops it: then what resumes the run is on disk."""
     recorder, run = job.recorder, job.run
     recorder.learner.accelerator.wait_for_everyone()  # until all have looked at the folder and found no other run
+    for recordings in job.parts.recordings:  # what needs the initial policy, before a checkpoint takes its place
+        recordings.prepare(run.learner, recorder)
     progress = load(resume, run.learner, fingerprint(job.config)) if resume else Progress()
     recorder.begin(progress, job.iterations * run.regression.steps * run.regression.passes)
     try:
@@ -122,13 +125,20 @@ def run_training(config: RebelConfig, dry_run: bool = False) -> None:
 
 def prepare(config: RebelConfig) -> Job:
     """A run that is ready to start; what is quick to find wrong is looked at before the model is loaded."""
-    prompts = stored_prompts(config) if config.from_rollouts else build_prompts(config)
+    data = data_of(config)
     tokenizer = build_tokenizer(config)
-    scored = prompts[1] if config.from_rollouts else prompts[0]  # those that a reward will see
-    reward = partial(build_reward, config) if scored else None
-    if reward:
-        reward(Notes()).check(scored)
-    return build_job(config, build_model(config), tokenizer, reward, prompts)
+    reward = reward_if_any(config, Notes())
+    seen = data[1] if config.from_rollouts else data[0]  # by the reward
+    if reward and seen and not isinstance(seen, Rows):
+        reward.check(seen)
+    return build_job(config, build_model(config), tokenizer, partial(reward_if_any, config), data)
+
+
+def data_of(config: RebelConfig) -> Data:
+    """What the settings name to train and to evaluate on."""
+    if config.offline:
+        return build_rows(config)
+    return stored_prompts(config) if config.from_rollouts else build_prompts(config)
 
 
 def stored_prompts(config: RebelConfig) -> tuple[Sequence[Prompt], Sequence[Prompt]]:

@@ -3,38 +3,67 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from rebel.algorithm import Fit, explained, rebel_loss
 from rebel.evaluate import length, mean
 from rebel.rewards.groups import flat
-from rebel.types import Scored
+from rebel.types import OWN, Completion, Scored
 
 Measures = dict[str, float]
 
 
 def of_draws(groups: Sequence[Scored], kept: Sequence[Scored]) -> Measures:
-    """Rewards, lengths and what had to be left out, of all completions drawn."""
+    """Rewards, lengths and what had to be left out.
+
+    Rewards and lengths are those of the policy's own completions; others are beside them, under their source.
+    """
     completions = [c for group in groups for c in group.rollout.completions]
-    lengths = torch.tensor([float(length(c)) for c in completions])
     standings = torch.cat([standing(group) for group in groups])
     used = sum(len(group.rollout.completions) for group in kept)
+    sources = {c.source for c in completions}
+    found = {source: of_source(source, completions, standings) for source in sorted(sources)}
+    apart = {f"{s}/{name}": x for s, own in found.items() for name, x in own.items()} if len(found) > 1 else {}
     return {
-        "reward": float(standings.nanmean()),
+        **found[OWN if OWN in found else min(found)],
+        **apart,
         "reward_std": mean(float(standing(group).std()) for group in kept),
         **components(groups),
         "flat_groups": mean(float(flat(group)) for group in kept),
-        "length": float(lengths.mean()),
-        "length_reward_correlation": correlation(lengths, standings),
-        "unfinished": mean(float(not c.finished) for c in completions),
         "dropped_completions": float(len(completions) - used),
         "failed_rewards": float(standings.isnan().sum()),
         "dropped_groups": float(len(groups) - len(kept)),
     }
+
+
+def of_source(source: str, completions: Sequence[Completion], standings: Float[Tensor, " N"]) -> Measures:
+    """Reward and length of the completions of one source."""
+    chosen = [k for k, c in enumerate(completions) if c.source == source]
+    lengths = torch.tensor([float(length(completions[k])) for k in chosen])
+    return {
+        "reward": float(standings[chosen].nanmean()),
+        "length": float(lengths.mean()),
+        "length_reward_correlation": correlation(lengths, standings[chosen]),
+        "unfinished": mean(float(not completions[k].finished) for k in chosen),
+    }
+
+
+def log_ratios_of(groups: Sequence[Scored], log_ratios: Sequence[Tensor], name: str) -> Measures:
+    """Mean log-ratio of each source's completions, where there is more than one source."""
+    found: dict[str, list[float]] = {}
+    for group, moved in zip(groups, log_ratios, strict=True):
+        for completion, value in zip(group.rollout.completions, moved.tolist(), strict=True):
+            found.setdefault(completion.source, []).append(value)
+    return {f"{source}/{name}": mean(values) for source, values in sorted(found.items())} if len(found) > 1 else {}
+
+
+def drawn_by_policy(group: Scored) -> Bool[Tensor, " G"]:
+    """Which completions the policy drew itself: over others a mean log-ratio is no KL, and a mean log pi no entropy."""
+    return torch.tensor([completion.source == OWN for completion in group.rollout.completions])
 
 
 def standing(group: Scored) -> Float[Tensor, " G"]:
@@ -59,7 +88,7 @@ def correlation(x: Tensor, y: Tensor) -> float:
     return float(torch.corrcoef(torch.stack([x, y]))[0, 1])
 
 
-def margin_variance(groups: Sequence[Scored], shaping: Mapping[int, Tensor], beta: float) -> float:
+def margin_variance(groups: Iterable[Scored], shaping: Mapping[int, Tensor], beta: float) -> float:
     """Mean variance of r~ within a group; `shaping` has log pi_t - log pi_ref of groups, by index.
 
     Half the mean square of the margins: for rewards that is their unbiased variance.

@@ -16,8 +16,8 @@ tags: [rebel, reinforcement-learning]
 
 # {name}
 
-{base} tuned with [REBEL](https://arxiv.org/abs/2404.16767): several completions of a prompt are drawn, and the
-differences of their log-probability ratios to the policy that drew them are regressed onto the differences of their
+{base} tuned with [REBEL](https://arxiv.org/abs/2404.16767): {what}, and the
+differences of their log-probability ratios to {anchor} are regressed onto the differences of their
 rewards.
 
 | setting | value |
@@ -38,6 +38,7 @@ Made with rebel-rl {rebel}, transformers {transformers}, torch {torch}, after {s
 """
 
 SHOWN = (
+    "offline",
     "reward_funcs",
     "dataset_name",
     "eta",
@@ -47,7 +48,7 @@ SHOWN = (
     "num_generations",
     "prompts_per_iteration",
     "steps_per_iteration",
-    "num_iterations",
+    "passes",
     "temperature",
     "max_completion_length",
     "learning_rate",
@@ -62,6 +63,10 @@ def model_card(config: RebelConfig, learner: Learner) -> str:
         library="peft" if adapter else "transformers",
         base=config.model_name_or_path or "the initial model",
         name=config.run_name or config.hub_model_id or "REBEL policy",
+        what="several recorded completions of a prompt are compared"
+        if config.offline
+        else "several completions of a prompt are drawn",
+        anchor="the initial policy" if config.offline else "the policy that drew them",
         rows="\n".join(f"| {name} | {getattr(config, name)} |" for name in SHOWN),
         rebel=version("rebel-rl"),
         transformers=version("transformers"),

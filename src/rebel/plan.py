@@ -60,9 +60,9 @@ def describe(
     layout: str,
 ) -> list[str]:
     """The plan of a run, a line for each thing a user may want to check."""
-    group, steps = config.num_generations, config.steps_per_iteration * config.num_iterations
+    group, steps = config.num_generations, config.steps_per_iteration * config.passes
     drawn = config.prompts_per_iteration * group
-    passes = f" in {config.num_iterations} passes" if config.num_iterations > 1 else ""
+    passes = f" in {config.passes} passes" if config.passes > 1 else ""
     per_step = config.prompts_per_iteration / config.steps_per_iteration
     lost = f"; {dropped:,} longer than fits were dropped" if dropped else ""
     samples = f"{iterations * drawn:,} samples, "
@@ -77,6 +77,13 @@ def describe(
         f"step         {step_in_words(config)}",
         f"run          {iterations:,} iterations = {iterations * steps:,} optimiser steps, "
         f"{samples}{iterations * config.prompts_per_iteration / max(prompts, 1):.2f} passes over the prompts",
+        *last_lines(config, world, memory, layout),
+    ]
+
+
+def last_lines(config: RebelConfig, world: int, memory: Memory, layout: str) -> list[str]:
+    """What a run needs."""
+    return [
         f"processes    {world}, micro-batches of at most {config.tokens_per_micro_batch:,} tokens "
         f"(no effect on the result), {layout}",
         f"memory       about {memory.total / GIB:.2f} GiB a process: " + breakdown(memory),

@@ -38,6 +38,8 @@ FREE = frozenset(
         "iterations",
         "max_steps",
         "rounds",
+        "num_train_epochs",
+        "anchor_cache_dir",
         "tokens_per_micro_batch",
         "shared_prefix",
         "logging_steps",
@@ -202,7 +204,7 @@ class Recorder:
 
     def better(self, progress: Progress, evaluation: Evaluation) -> bool:
         """Whether this evaluation is the best so far; notes it down."""
-        name = self.config.metric_for_best_model
+        name = self.config.best_metric
         if name not in evaluation.metrics:
             raise RebelError(f"--metric_for_best_model {name} is none of {', '.join(evaluation.metrics)}")
         value = evaluation.metrics[name] * (1 if self.config.greater_is_better else -1)

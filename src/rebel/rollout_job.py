@@ -20,10 +20,10 @@ from rebel.build import (
     build_policy,
     build_prompts,
     build_reward,
-    build_sampler,
     build_tokenizer,
     fitting,
 )
+from rebel.build_online import build_sampler
 from rebel.collect import Interrupted
 from rebel.config import RebelConfig
 from rebel.data import PromptStream, load_rows

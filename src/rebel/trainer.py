@@ -13,7 +13,8 @@ from datasets import Dataset
 from peft import PeftConfig, PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
-from rebel.build import build_job, build_model, build_reward, build_tokenizer, with_adapter
+from rebel.build import Data, build_job, build_model, build_tokenizer, reward_if_any, with_adapter
+from rebel.build_offline import RowsIn, first_rows, rows_of
 from rebel.checkpoint import Progress
 from rebel.config import RebelConfig
 from rebel.data import prompts_of
@@ -37,12 +38,15 @@ class RebelTrainer:
 
     Datasets have a column `prompt`, text or chat messages; their other columns reach the reward functions by name.
     A reward function returns a number for each completion, or None where it does not apply.
+
+    With `offline=True` in the settings, or without any reward function, it takes the place of DPOTrainer: datasets
+    have `chosen` and `rejected`, or `completions` with rewards or comparisons, and nothing is drawn.
     """
 
     def __init__(
         self,
         model: str | PreTrainedModel,
-        reward_funcs: RewardFunc | Sequence[RewardFunc],
+        reward_funcs: RewardFunc | Sequence[RewardFunc] | None = None,
         args: RebelConfig | None = None,
         train_dataset: Dataset | Sequence[dict[str, Any]] | None = None,
         eval_dataset: Dataset | Sequence[dict[str, Any]] | None = None,
@@ -50,15 +54,16 @@ class RebelTrainer:
         peft_config: PeftConfig | None = None,
         callbacks: Sequence[TrainerCallback | type[TrainerCallback]] = (),
     ) -> None:
-        self.args = settings(args or RebelConfig(), model, peft_config)
-        rewards = list(reward_funcs) if isinstance(reward_funcs, list | tuple) else [reward_funcs]
+        rewards = reward_list(reward_funcs)
+        args = args or RebelConfig()
+        self.args = settings(replace(args, offline=args.offline or not rewards), model, peft_config)
         self.processing_class = processing_class or build_tokenizer(self.args)
         self.job = build_job(
             self.args,
             loaded_model(model, self.args, peft_config),
             self.processing_class,
-            partial(build_reward, self.args, rewards=rewards),
-            (training(train_dataset, self.args), held_out(eval_dataset, self.args)),
+            partial(reward_if_any, self.args, rewards=rewards),
+            data_of(train_dataset, eval_dataset, self.args, by_reward=bool(rewards)),
             callbacks,
         )
 
@@ -88,7 +93,7 @@ class RebelTrainer:
         return progress
 
     def evaluate(self) -> dict[str, float]:
-        """Reward on the evaluation prompts with its standard error, KL to the initial policy, lengths."""
+        """Reward on the evaluation prompts with its standard error, KL and lengths; offline accuracy on pairs, R^2."""
         run = self.job.run
         if run.evaluator is None:
             raise RebelError("there is nothing to evaluate on: give an eval_dataset")
@@ -131,9 +136,24 @@ def loaded_model(model: str | PreTrainedModel, args: RebelConfig, peft_config: P
     return with_adapter(model, args, peft_config) if args.use_peft and not hasattr(model, "peft_config") else model
 
 
-def training(dataset: Dataset | Sequence[dict[str, Any]] | None, args: RebelConfig) -> Sequence[Prompt]:
-    """The prompts of the training set, or of rollouts drawn before."""
-    return Prompts(stored(args.from_rollouts)) if args.from_rollouts else prompts(dataset, args, "train_dataset")
+def reward_list(given: RewardFunc | Sequence[RewardFunc] | None) -> list[RewardFunc]:
+    if given is None:
+        return []
+    return list(given) if isinstance(given, list | tuple) else [given]  # pyright: ignore[reportReturnType]
+
+
+def data_of(training: RowsIn | None, evaluation: RowsIn | None, args: RebelConfig, by_reward: bool) -> Data:
+    """What to train and to evaluate on: prompts, rollouts drawn before, or offline rows with completions."""
+    if args.from_rollouts:
+        return Prompts(stored(args.from_rollouts)), held_out(evaluation, args)
+    if not args.offline:
+        return prompts(training, args, "train_dataset"), held_out(evaluation, args)
+    if training is None:
+        raise RebelError("train_dataset is missing: rows with chosen and rejected, or with completions")
+    mine = rows_of(training, args, by_reward, "train_dataset")
+    if evaluation is None or not args.eval_prompts:
+        return mine, None
+    return mine, first_rows(rows_of(evaluation, args, by_reward, "eval_dataset"), args.eval_prompts)
 
 
 def prompts(dataset: Dataset | Sequence[dict[str, Any]] | None, args: RebelConfig, name: str) -> list[Prompt]:

@@ -19,6 +19,9 @@ TraceOut = TypeVar("TraceOut")
 Content = str | list[dict[str, str]]
 """Plain text, or the messages of a chat."""
 
+OWN, DATA = "policy", "data"
+"""Sources of completions: drawn by the policy that is trained, or written by somebody else."""
+
 LogProb = Callable[[Sequence[Any]], Float[Tensor, "N S"]]
 """log pi(y|x) of every trace, in nats: a policy, or anything that stands in for one, such as a reference."""
 
@@ -40,7 +43,7 @@ class Completion(Generic[Trace]):
 
     content: Any
     trace: Trace
-    source: str = "policy"
+    source: str = OWN
     finished: bool = True
 
 

@@ -18,6 +18,7 @@ AT_LEAST = {
     "lora_r": 1,
     "lora_alpha": 1,
     "eval_prompts": 0,
+    "data_completions": 0,
     "max_prompt_length": 1,
     "max_completion_length": 1,
     "sampling_batch": 1,
@@ -71,6 +72,9 @@ BETWEEN: dict[str, tuple[Callable[[float], bool], str]] = {
     "max_grad_norm": (_not_negative, "0 (no clipping) or a positive number"),
     "average": (_below_one, "a number from 0 (the last iterate) to below 1"),
     "held_out": (_below_one, "a share from 0 to below 1"),
+    "num_train_epochs": (_positive, "a positive number of laps over the data"),
+    "constant_margin": (_positive, "a positive number, in the unit of a reward"),
+    "margin_clip": (_positive, "a positive number of nats"),
 }
 
 TRUNCATIONS = {"top_p": (1.0,), "top_k": (None, 0), "min_p": (None, 0.0), "repetition_penalty": (1.0,)}
@@ -185,18 +189,48 @@ def _precision(config: RebelConfig) -> Complaints:
         yield "--fp16 needs a CUDA device, and --use_cpu stays on the CPU; use --bf16, or neither"
 
 
+def _data(config: RebelConfig) -> Complaints:
+    """Offline and hybrid: what has no meaning for completions that somebody else drew."""
+    share, columns = config.data_completions, config.data_columns
+    if config.offline:
+        if share or columns:
+            yield "--offline draws no completions to put those of --data_columns beside; use one of them"
+        if config.kl_per_iteration is not None:
+            yield (
+                f"{_said(config, 'kl_per_iteration', 'offline')}: a KL is measured on the policy's own completions, "
+                "and none are drawn; use --eta"
+            )
+        if config.track_kl:
+            yield "--track_kl with --offline: a KL is measured on the policy's own completions, and none are drawn"
+        if config.kl == "shaped" and config.beta:
+            yield f"{_said(config, 'kl', 'offline')}: at the initial policy no KL is paid yet; use --kl proximal"
+        if config.replace_flat_groups:
+            yield f"{_said(config, 'replace_flat_groups', 'offline')}: nothing is drawn; take such groups out yourself"
+    elif bool(share) != bool(columns):
+        yield ("--data_completions says how many of a group come from the data and --data_columns which; give both")
+    elif share >= config.num_generations:
+        yield (
+            f"{_said(config, 'data_completions', 'num_generations')} leaves nothing for the policy to draw; use fewer, "
+            "or --offline"
+        )
+
+
 def _length(config: RebelConfig) -> Complaints:
     if config.rounds is not None or config.from_rollouts:
         yield from _large_batch(config)
     elif config.max_steps != -1 and config.max_steps < 1:
         yield f"{_said(config, 'max_steps')}: use 1 or more optimiser steps (-1: not given)"
-    elif config.iterations is None and config.max_steps == -1:
+        return
+    given = [
+        name for name in ("iterations", "max_steps", "num_train_epochs") if getattr(config, name) not in (None, -1)
+    ]
+    if not given:
         yield (
-            "how long to train is not given: use --iterations, or --max_steps for optimiser steps, or --rounds for "
-            "large batches"
+            "how long to train is not given: use --iterations, or --max_steps for optimiser steps, or "
+            "--num_train_epochs for laps over the data, or --rounds for large batches"
         )
-    elif config.iterations is not None and config.max_steps != -1:
-        yield f"{_said(config, 'iterations', 'max_steps')}: both say how long to train; use one of them"
+    elif len(given) > 1:
+        yield f"{_said(config, *given)}: {'both' if len(given) == 2 else 'all'} say how long to train; use one of them"
 
 
 def _large_batch(config: RebelConfig) -> Complaints:
@@ -293,10 +327,10 @@ def _prompts(config: RebelConfig) -> Complaints:
 
 
 def _reward(config: RebelConfig) -> Complaints:
-    if not config.reward_funcs and not config.judge:
+    if not config.reward_funcs and not config.judge and not config.offline:
         yield (
-            "no reward: give --reward_funcs a file.py:function, a name of trl.rewards or a reward model, "
-            "or --judge what compares two completions"
+            "no reward: give --reward_funcs a file.py:function, a name of trl.rewards or a reward model; or --judge "
+            "what compares two completions; or --offline, if the data have completions with preferences or rewards"
         )
 
 
@@ -336,6 +370,6 @@ def _adapter(config: RebelConfig) -> Complaints:
 
 CHECKS = (
     *(_counts, _ranges, _eta, _sampling, _batch, _precision, _length, _no_large_batch, _evaluation, _folders),
-    *(_rewards, _judge, _mixture, _adapter),
+    *(_rewards, _judge, _mixture, _adapter, _data),
 )
 INPUTS = (_given,)

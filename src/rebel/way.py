@@ -9,7 +9,7 @@ from itertools import chain, zip_longest
 from typing import Any
 
 from rebel.learner import Departure, Learner
-from rebel.types import Scored
+from rebel.types import OWN, Scored
 
 PROBE = 2048
 """Completions on which the KL of an iteration is measured: those of as many prompts as there are first."""
@@ -59,6 +59,7 @@ def divergence(learner: Learner, start: Departure, traces: Sequence[Any]) -> flo
 
 
 def probe(groups: Sequence[Scored]) -> list[Any]:
-    """Up to PROBE traces, the first of every group before the second of any."""
-    rows = zip_longest(*(group.rollout.traces for group in groups))
+    """Up to PROBE traces that the policy drew, the first of every group before the second of any."""
+    drawn = [[c.trace for c in group.rollout.completions if c.source == OWN] for group in groups]
+    rows = zip_longest(*drawn)
     return [trace for trace in chain.from_iterable(rows) if trace is not None][:PROBE]

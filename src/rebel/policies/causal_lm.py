@@ -175,6 +175,41 @@ class CausalLM:
         )
         return list(encoded["input_ids"])
 
+    def recorded(self, prompt: Prompt, prompt_ids: Sequence[int], content: Content) -> list[int]:
+        """Token ids of a completion that was written elsewhere, up to and with its end of sequence.
+
+        Text follows its prompt directly; it is tokenised together with it unless a token would span both. Messages go
+        through the chat template behind the prompt; what the template writes after the end of sequence is no part.
+        """
+        if isinstance(content, str):
+            return self.ended(self.following(str(prompt.content), prompt_ids, content))
+        assert isinstance(prompt.content, list), "messages answer messages"
+        encoded: Any = self.tokenizer.apply_chat_template(
+            [*prompt.content, *content], return_dict=True, **self.chat_template_kwargs
+        )
+        ids = list(encoded["input_ids"])
+        if ids[: len(prompt_ids)] != list(prompt_ids):
+            raise RebelError(
+                "the chat template renders the prompt differently once an answer follows it, so that the tokens of the "
+                "answer are not known; use a template whose prompt with add_generation_prompt begins every conversation"
+            )
+        return self.ended(ids[len(prompt_ids) :])
+
+    def following(self, prompt: str, prompt_ids: Sequence[int], text: str) -> list[int]:
+        """Token ids of text behind a prompt of plain text."""
+        both = self.tokenizer(prompt + text).input_ids
+        if both[: len(prompt_ids)] == list(prompt_ids):
+            return both[len(prompt_ids) :]
+        return self.tokenizer(text, add_special_tokens=False).input_ids
+
+    def ended(self, ids: Sequence[int]) -> list[int]:
+        """The ids with one end of sequence: what a template has behind it is cut off, a missing one is added."""
+        last = max((k for k, i in enumerate(ids) if i in self.eos_ids), default=None)
+        if last is not None and not str(self.tokenizer.decode(list(ids[last + 1 :]), skip_special_tokens=True)).strip():
+            return list(ids[: last + 1])
+        end: Any = self.tokenizer.eos_token_id
+        return [*ids, min(self.eos_ids) if end is None else end]
+
     def completion(self, prompt: Prompt, prompt_ids: Sequence[int], ids: Sequence[int]) -> Completion[TokenTrace]:
         """What was drawn, with the ids as they were drawn; finished if it ends with one of the ends of sequence."""
         text = self.tokenizer.decode(list(ids), skip_special_tokens=True)

@@ -32,7 +32,7 @@ class Figure:
 def sections(rows: Sequence[Row], settings: Row) -> list[tuple[str, list[Figure]]]:
     """The figures that have anything to show, by section."""
     every = {
-        "Outcome": (_reward(rows), _frontier(rows), _components(rows), _win_rate(rows, settings)),
+        "Outcome": (_accuracy(rows), _reward(rows), _frontier(rows), _components(rows), _win_rate(rows, settings)),
         "Distance": (_kl_initial(rows, settings), _kl_iteration(rows, settings), _step(rows)),
         "Regression": (_fit(rows), _log_ratios(rows), _loss(rows), _gradient(rows)),
         "Completions": (_length(rows), _unfinished(rows), _flat(rows), _entropy(rows)),
@@ -56,6 +56,15 @@ def _evaluated(rows: Sequence[Row], key: str, spread: str = "") -> Series:
 
 def _figure(title: str, note: str, *plots: Plot | None) -> Figure:
     return Figure(title, Markup(note), tuple(each for each in plots if each is not None))
+
+
+def _accuracy(rows: Sequence[Row]) -> Figure:
+    return _figure(
+        "Order of held-out pairs",
+        "Share of pairs of recorded completions, never trained on, that the policy's log-ratios to the initial policy"
+        " order as their margins do, with one standard error. One half is chance, and where training begins.",
+        plot("share of pairs", [_evaluated(rows, "eval/accuracy", "eval/accuracy_stderr")], percent=True),
+    )
 
 
 def _reward(rows: Sequence[Row]) -> Figure:
@@ -179,7 +188,11 @@ def _fit(rows: Sequence[Row]) -> Figure:
         " iteration. High in sample but not held out is memorising; near 0 in both, the steps fall short of η′.",
         plot(
             "R²",
-            [_line(rows, "in sample", "r2_in_sample"), _line(rows, "held out", "r2_held_out", STRONG)],
+            [
+                _line(rows, "in sample", "r2_in_sample"),
+                _line(rows, "held out", "r2_held_out", STRONG),
+                _evaluated(rows, "eval/r2"),
+            ],
             include=(0.0,),
             floor=-1.0,
         ),

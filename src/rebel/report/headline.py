@@ -62,12 +62,12 @@ def last_of(rows: Sequence[Row], key: str) -> float | None:
     return next(reversed(values(rows, key)), None)
 
 
-def endpoints(rows: Sequence[Row]) -> tuple[Mean | None, Mean | None]:
+def endpoints(rows: Sequence[Row], key: str = "eval/reward") -> tuple[Mean | None, Mean | None]:
     """The evaluated reward before training and after it, each None where it was not evaluated."""
     found = [
-        Mean(finite(row.get("iteration")) or 0.0, value, finite(row.get("eval/reward_stderr")))
+        Mean(finite(row.get("iteration")) or 0.0, value, finite(row.get(f"{key}_stderr")))
         for row in rows
-        if (value := finite(row.get("eval/reward"))) is not None
+        if (value := finite(row.get(key))) is not None
     ]
     before = found[0] if found and found[0].iteration == 0 else None
     after = found[-1] if found and found[-1].iteration > 0 else None
@@ -86,17 +86,33 @@ def tiles(rows: Sequence[Row], settings: Row) -> list[Tile]:
     kl = last_of([{**row, "kl": row.get("eval/kl_initial", row.get("kl_initial"))} for row in rows], "kl")
     group, prompts = settings.get("num_generations"), settings.get("prompts_per_iteration")
     steps = settings.get("steps_per_iteration")
+    samples = count(last_of(rows, "samples"))
+    drawn = Tile(
+        "Completions drawn", samples, detail=f"{prompts} prompts × {group} an iteration" if prompts and group else ""
+    )
+    distance = "not measured" if kl is None else "nats per completion"
+    offline = bool(settings.get("offline"))
     return [
-        reward_tile(rows),
-        Tile("KL to the initial policy", number(kl), detail="not measured" if kl is None else "nats per completion"),
+        accuracy_tile(rows) if offline else reward_tile(rows),
         Tile(
-            "Completions drawn",
-            count(last_of(rows, "samples")),
-            detail=f"{prompts} prompts × {group} an iteration" if prompts and group else "",
+            "KL to the initial policy",
+            number(kl),
+            detail="of own completions, and none are drawn" if offline else distance,
         ),
+        Tile("Recorded completions", samples, detail="those of every epoch") if offline else drawn,
         Tile("Optimiser steps", count(last_of(rows, "step")), detail=f"{steps} in each pass" if steps else ""),
         Tile("Time", duration(math.fsum(map(seconds, rows)) or None), detail=_iterations(rows)),
     ]
+
+
+def accuracy_tile(rows: Sequence[Row]) -> Tile:
+    """How many held-out pairs the policy orders as their margins do, before and after."""
+    before, after = endpoints(rows, "eval/accuracy")
+    if not after and not before:
+        return Tile("Held-out pairs in order", "–", detail="no evaluation was made")
+    return Tile(
+        "Held-out pairs in order", str(after or before), str(before) if before and after else "", "chance is 0.5"
+    )
 
 
 def reward_tile(rows: Sequence[Row]) -> Tile:

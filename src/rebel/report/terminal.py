@@ -48,6 +48,21 @@ JUDGED = (
     Column("to", 5, evaluation="eval/win_rate_high", show=share),
 )
 """Further columns of a run that a judge follows."""
+OFFLINE_COLUMNS = (
+    Column("iteration", 9),
+    Column("samples", 10, "samples", show=count, optional=True),
+    Column("loss", 9, "loss", "eval/loss", fixed),
+    Column("R²", 8, "r2_held_out", "eval/r2", fixed),
+    Column("accuracy", 9, evaluation="eval/accuracy", show=fixed),
+    Column("±", 7, evaluation="eval/accuracy_stderr", show=fixed),
+    Column("better", 9, "logratio_best", "eval/logratio_best"),
+    Column("worse", 9, "logratio_worst", "eval/logratio_worst"),
+    Column("gradient", 9, "grad_norm"),
+    Column("left", 9, "left", show=duration),
+)
+OFFLINE_LEGEND = (
+    "better, worse: mean log-ratio to the initial policy in nats; accuracy: pairs ordered as their margins are"
+)
 LEGEND = "KL in nats per completion; ±: spread within groups (eval: standard error)"
 HEADER_EVERY = 20
 
@@ -66,12 +81,15 @@ class Terminal:
         silent: bool = False,
         console: Console | None = None,
         judged: bool = False,
+        offline: bool = False,
     ) -> None:
         self._console = console or Console(quiet=silent)
         self._total = total_iterations
         self._bars = self._console.is_terminal and not (disable or silent)
         self._progress = _progress(self._console)
-        self._columns = _columns_within(self._console, (*COLUMNS[:-1], *JUDGED, COLUMNS[-1]) if judged else COLUMNS)
+        columns = OFFLINE_COLUMNS if offline else (*COLUMNS[:-1], *JUDGED, COLUMNS[-1]) if judged else COLUMNS
+        self._columns = _columns_within(self._console, columns)
+        self._legend = OFFLINE_LEGEND if offline else LEGEND
         self._lines = 0
         self._began: tuple[int, float] | None = None
 
@@ -81,7 +99,7 @@ class Terminal:
         left = self._seconds_left(iteration, finite(metrics.get("seconds/total")))
         known = {**metrics, "iteration": iteration, "left": left}
         trained = finite(metrics.get("reward")) is not None or iteration > 0
-        evaluated = finite(metrics.get("eval/reward")) is not None
+        evaluated = any(finite(metrics.get(key)) is not None for key in ("eval/reward", "eval/accuracy"))
         for wanted, cells in ((trained, self._trained(known)), (evaluated, self._evaluated(known))):
             if wanted:
                 self._print(cells, style="green" if cells[0] == "eval" else "")
@@ -115,7 +133,7 @@ class Terminal:
     def _print(self, cells: list[str], style: str) -> None:
         if self._lines % HEADER_EVERY == 0:
             if not self._lines:
-                self._line(LEGEND, "dim")
+                self._line(self._legend, "dim")
             self._line(_aligned([column.title for column in self._columns], self._columns), "bold")
         self._lines += 1
         self._line(_aligned(cells, self._columns), style)

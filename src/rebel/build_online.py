@@ -1,0 +1,150 @@
+"""Settings -> the parts of a run that learns from what the policy draws: anew in every iteration, or in rounds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+
+from rebel.build_win_rates import for_evaluation
+from rebel.collect import Online, Source
+from rebel.config import RebelConfig
+from rebel.data import PromptStream
+from rebel.errors import RebelError
+from rebel.evaluators import ByReward
+from rebel.iterates import Iterates
+from rebel.judging import build_evaluator
+from rebel.large_batch import build_rounds, in_rounds, in_words
+from rebel.learner import Learner
+from rebel.offline import Recordings
+from rebel.pairing import all_pairs, best_against_worst, random_pairs
+from rebel.policies.causal_lm import CausalLM
+from rebel.rounds import Say, unscored
+from rebel.samplers.generate import Generate
+from rebel.samplers.hybrid import FromColumns, Hybrid
+from rebel.samplers.mixture import Mixture
+from rebel.stepsize import AutoEta, GivenEta, StepRule
+from rebel.train import Collector, Evaluator
+from rebel.types import Judge, Pairing, Prompt, Reward, Sampler
+
+PAIRINGS: dict[str, Pairing] = {"all": all_pairs, "extremes": best_against_worst, "random": random_pairs}
+
+Prompts = tuple[Sequence[Prompt], Sequence[Prompt]]
+"""Those to train on, and those to evaluate on."""
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """Where a run's groups come from, how it is evaluated and how long its steps are.
+
+    `recordings` have to see the initial policy before a checkpoint may take its place. `per_round` is the number of
+    iterations that a checkpoint must not fall between, 0 where they stand alone.
+    """
+
+    collector: Collector
+    evaluator: Evaluator | None
+    step_rule: StepRule
+    recordings: tuple[Recordings, ...] = ()
+    notes: tuple[str, ...] = ()
+    per_round: int = 0
+
+
+def build_sampler(config: RebelConfig, policy: CausalLM, accelerator: Accelerator) -> Generate:
+    """Who draws for training."""
+    precision: Any = accelerator.autocast  # whose annotation contradicts its default
+    return Generate(policy, config.max_completion_length, config.temperature, precision)
+
+
+def build_step_rule(config: RebelConfig) -> StepRule:
+    if config.eta == "auto":
+        return AutoEta(config.beta, config.kl_per_iteration)
+    return GivenEta(float(config.eta), config.beta, config.kl)
+
+
+def online_parts(
+    config: RebelConfig,
+    learner: Learner,
+    reward: Reward | None,
+    prompts: Prompts,
+    judge: Judge | None,
+    iterates: Iterates | None,
+    say: Say,
+) -> Parts:
+    """Groups drawn from the policy, which is evaluated by the reward of what it draws."""
+    policy = learner.policy
+    assert isinstance(policy, CausalLM), "build_policy made it"
+    sampler = build_sampler(config, policy, learner.accelerator)
+    source = build_source(config, learner, sampler, reward or unscored, prompts[0])
+    evaluator = evaluation(config, source, sampler, prompts[1], judge, iterates) if prompts[1] and reward else None
+    rule = build_step_rule(config)
+    if in_rounds(config):
+        rounds = build_rounds(config, source, prompts[0], PAIRINGS[config.pairing], policy, say)
+        return Parts(rounds, evaluator, rule, notes=(in_words(config, rounds.size),), per_round=rounds.per_round)
+    if not config.data_completions:
+        return Parts(Online(source, config.prompts_per_iteration, config.replace_flat_groups), evaluator, rule)
+    mixed, note = hybrid(sampler, prompts[0], policy, config)
+    source = replace(source, sampler=mixed)
+    collector = Online(source, config.prompts_per_iteration, config.replace_flat_groups)
+    return Parts(collector, evaluator, rule, notes=(note,))
+
+
+def hybrid(sampler: Sampler, prompts: Sequence[Prompt], policy: CausalLM, config: RebelConfig) -> tuple[Hybrid, str]:
+    """The sampler with the completions of --data_columns beside its own, and a line for the plan."""
+    beside = FromColumns(policy, tuple(config.data_columns), config.max_completion_length)
+    counts = [len(beside(prompt)) for prompt in prompts]
+    if not any(counts):
+        raise RebelError(
+            f"--data_columns {' '.join(config.data_columns)}: no prompt has a completion there of at most "
+            f"--max_completion_length {config.max_completion_length} tokens"
+        )
+    fewer = sum(count < config.data_completions for count in counts)
+    note = f"hybrid       {config.data_completions} of {config.num_generations} completions are the data's"
+    return Hybrid(sampler, beside, config.data_completions), note + (
+        f"; {fewer:,} prompts have fewer, and smaller groups" if fewer else ""
+    )
+
+
+def build_source(
+    config: RebelConfig, learner: Learner, sampler: Generate, reward: Reward, prompts: Sequence[Prompt]
+) -> Source:
+    """Who draws and who scores for training."""
+    return Source(
+        sampler=sampler,
+        reward=reward,
+        stream=PromptStream(prompts, config.seed),
+        group_size=config.num_generations,
+        chunk=max(1, config.sampling_batch // config.num_generations),
+        penalty=config.missing_eos_penalty or 0.0,
+        drop_unfinished=config.drop_truncated,
+        scale=config.scale_rewards,
+        rank=learner.accelerator.process_index,
+        world=learner.accelerator.num_processes,
+    )
+
+
+def evaluation(
+    config: RebelConfig,
+    source: Source,
+    sampler: Generate,
+    prompts: Sequence[Prompt],
+    judge: Judge | None,
+    iterates: Iterates | None,
+) -> Evaluator:
+    """By the reward of completions of held-out prompts, and by a judge where one follows the run."""
+    heat = config.temperature if config.eval_temperature is None else config.eval_temperature
+    cool = replace(sampler, temperature=heat)
+    mixture = Mixture(cool, iterates, config.sampling_batch) if iterates else None
+    each = config.sampling_batch // config.eval_generations
+    held_out = replace(
+        source,
+        sampler=mixture or cool,
+        reward=for_evaluation(source.reward, Path(config.output_dir)),
+        group_size=config.eval_generations,
+        # a mixture loads its iterates for each chunk, and fills its batches itself
+        chunk=max(1, -(-len(prompts) // source.world) if mixture else each),
+    )
+    by_reward = ByReward(held_out, prompts, mixture.scored if mixture else None)
+    return build_evaluator(config, by_reward, judge, cool)
