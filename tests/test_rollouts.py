@@ -158,6 +158,17 @@ def test_a_shard_is_whole_or_it_is_told_what_is_wrong_with_it(tmp_path: Path) ->
     assert shards.state(0, mine) == "whole"
 
 
+def test_a_disk_that_takes_no_more_stops_the_run_with_what_there_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shards, full = Shards(tmp_path), OSError(28, "No space left on device")
+    shards.write(0, table_of([group()]), digest(""))
+    monkeypatch.setattr("rebel.shards.os.fsync", lambda handle: (_ for _ in ()).throw(full))
+    with pytest.raises(RunStopped, match=r"00001\.arrow cannot be written: No space left on device"):
+        shards.write(1, table_of([group()]), digest(""))
+    assert [shards.state(k, digest("")) for k in (0, 1)] == ["whole", "half-written"]
+
+
 def test_rollouts_of_different_settings_are_never_mixed(tmp_path: Path) -> None:
     policy, prompts = tiny.policy(), tiny.prompts(3, 4)
     config = RebelConfig(seed=3)
@@ -236,6 +247,23 @@ def test_the_groups_are_those_of_the_prompts_in_their_order(whole: Rollouts) -> 
     assert len({c.trace.completion for g in whole for c in g.rollout.completions}) > 20, "shards repeat each other"
     with pytest.raises(IndexError):
         whole[10]
+
+
+def test_no_two_chunks_shards_or_rounds_share_their_random_numbers(tmp_path: Path) -> None:
+    """Twenty times the same prompt, in two rounds of five chunks of two."""
+    found = []
+    for number in (0, 1):
+        rollouts = begun(tmp_path / str(number), round=number)
+        draw(
+            rollouts,
+            Generate(tiny.policy(), 5, 1.0),
+            lambda k: tiny.prompts(2) * (2 if k == 2 else 4),
+            3,
+            2,
+            Quiet().crew(),
+        )
+        found += [rollout.traces for shard in range(3) for rollout in rollouts.drawn(shard)]
+    assert len(found) == 20 and len({tuple(t.completion for t in traces) for traces in found}) == 20
 
 
 @pytest.mark.parametrize("stop_after", [0, 1, 2, 3, 5, 7])

@@ -161,6 +161,7 @@ def by_shard(
             if crew.watch.stop():
                 raise Interrupted
             together(crew.world, lambda wave=wave: made(wave[crew.rank], make, done) if crew.rank < len(wave) else [])
+            done(sum(rollouts.size(shard) for place, shard in enumerate(wave) if place != crew.rank))
 
 
 def made(shard: int, make: Callable[[int, Callable[..., None]], None], done: Callable[..., None]) -> list[Scored]:
@@ -281,7 +282,10 @@ class Rounds:
             score(rollouts, self.source.reward, crew)
         crew.agreed(lambda: write_json(self.anchors(number).folder / "policy.json", policy))
         anchor(rollouts, self.anchors(number), self.of_anchors(number, policy), learner, crew)
-        return Took(drew - began, time.perf_counter() - drew, tokens)
+        took = Took(drew - began, time.perf_counter() - drew, tokens)
+        drawn = f"{tokens:,} tokens drawn in {took.sampling:.0f} s, " if tokens else ""
+        crew.say(f"round {number + 1}: {len(rollouts):,} prompts, {drawn}scored and anchored in {took.scoring:.0f} s")
+        return took
 
     def draw(self, number: int, policy: str, crew: Crew) -> int:
         """The completions of a round; returns how many tokens were drawn."""

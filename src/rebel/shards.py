@@ -16,6 +16,8 @@ from typing import Literal
 
 import pyarrow as pa
 
+from rebel.errors import RunStopped
+
 MARK = b"rebel-shard:"
 DIGITS = 32
 TRAILER = len(MARK) + 2 * DIGITS
@@ -48,6 +50,14 @@ class Shards:
 
     def write(self, number: int, table: pa.Table, of: str) -> None:
         """Write a file; its name appears once all of it is on disk."""
+        try:
+            self.write_whole(number, table, of)
+        except OSError as error:
+            raise RunStopped(
+                f"{self.path(number)} cannot be written: {error.strerror or error}. The files before it are complete"
+            ) from error
+
+    def write_whole(self, number: int, table: pa.Table, of: str) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         partial = self.partial(number)
         with open(partial, "w+b") as file:
