@@ -21,7 +21,7 @@ from rebel.evaluators import on_main
 from rebel.judging import DrawnOnce, initial_policy
 from rebel.report import write_report
 from rebel.report.versus import lines_of, show, write_page
-from rebel.rewards.contest import HigherReward, load_contest
+from rebel.rewards.contest import HigherReward
 from rebel.rewards.functions import PerCompletion
 from rebel.rewards.judges import FunctionJudge
 from rebel.types import Comparison, Completion, Judge, Prompt, Rollout
@@ -93,21 +93,14 @@ def test_fewer_of_theirs_begin_again() -> None:
 
 
 def test_lengths_and_scores_are_of_the_answered_pairs() -> None:
-    def some(comparisons: Sequence[Comparison]) -> list[float | None]:
-        return [None if c.prompt.content == "y" else float(len(c.first) > len(c.second)) for c in comparisons]
+    def some(prompts: list[Any], first: list[str], second: list[str], **columns: Any) -> list[float | None]:
+        return [None if p == "y" else float(len(a) > len(b)) for p, a, b in zip(prompts, first, second, strict=True)]
 
-    judge = FunctionJudge(lambda **columns: [], "unused")
-    object.__setattr__(
-        judge, "fn", lambda prompts, first, second, **columns: some(comparisons_of(prompts, first, second))
-    )
+    judge = FunctionJudge(some)
     found = duel(judge, paired([rollout("x", "aaaa"), rollout("y", "b" * 90)], [["bb"], ["b"]]), len, seed=0)
     assert (found.result.win_rate, found.result.unanswered) == (1.0, 1)
     assert (found.lengths.ours, found.lengths.theirs) == (4, 2)
     assert found.row(1)["score"] is None and found.row(0)["ours_second"] == 1.0
-
-
-def comparisons_of(prompts: list[Any], first: list[Any], second: list[Any]) -> list[Comparison]:
-    return [Comparison(Prompt(p), a, b) for p, a, b in zip(prompts, first, second, strict=True)]
 
 
 def test_the_higher_reward_wins_and_no_reward_is_no_answer() -> None:
@@ -147,7 +140,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     words = ["--model_name_or_path", place / "base", "--dataset_name", place / "prompts.jsonl", "--eval_prompts", 6]
     words += ["--reward_funcs", f"{place / 'judges.py'}:length", "--output_dir", place / "run", "--iterations", 2]
     words += ["--learning_rate", "3e-2", "--prompts_per_iteration", 6, "--steps_per_iteration", 2]
-    words += ["--max_completion_length", 8, "--max_prompt_length", 8, "--num_generations", 4, "--average", 0]
+    words += ["--max_completion_length", 8, "--max_prompt_length", 8, "--num_generations", 4, "--mixture", 2]
     words += ["--use_cpu", "--disable_tqdm", "--eval_against", "initial"]
     words += ["--eval_judge", f"{place / 'judges.py'}:longer"]
     assert main(["train", *map(str, words)]) == 0
@@ -217,6 +210,30 @@ def test_a_plain_model_is_evaluated_with_prompts_of_its_own(folder: Path) -> Non
     assert (result["prompts"], result["ours"].endswith("(a model as it is)")) == (3, True)
 
 
+def test_the_mixture_of_a_run_is_evaluated_where_it_is_asked_for(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    last, mixed = (evaluated(folder, "run", "longer", *more) for more in ([], ["--mixture"]))
+    assert "(mixture of 2 iterates)" in mixed["ours"] and "(last iterate)" in last["ours"]
+    assert [row["theirs"] for row in mixed["rows"]] == [row["theirs"] for row in last["rows"]]
+    assert [row["ours"] for row in mixed["rows"]] != [row["ours"] for row in last["rows"]]
+    words = ["evaluate", folder / "base", "--judge", f"{folder / 'judges.py'}:longer", "--mixture", "--use_cpu"]
+    words += ["--dataset_name", folder / "prompts.jsonl", "--against", folder / "other", "--eval_prompts", 3]
+    assert main([*map(str, words)]) == 2
+    assert "has kept no iterates" in capsys.readouterr().err
+
+
+def test_a_table_can_be_the_judge(folder: Path, tmp_path: Path) -> None:
+    """The judges of training are those of evaluation: here one that knows a single pair of texts."""
+    pair = evaluated(folder, "run", "longer", "--against", folder / "other")["rows"][0]
+    row = {"prompt": pair["prompt"], "first": pair["ours"], "second": pair["theirs"], "p": 0.75}
+    (tmp_path / "table.json").write_text(json.dumps([row]))
+    words = ["evaluate", folder / "run", "--judge", tmp_path / "table.json", "--against", folder / "other", "--use_cpu"]
+    assert main([*map(str, words)]) == 0
+    result = json.loads((folder / "run" / "evaluation.json").read_text())
+    assert (result["win_rate"], result["unanswered"]) == (0.75, 5)
+
+
 def test_a_checkpoint_says_what_it_is(folder: Path) -> None:
     from rebel.versus import which_policy
 
@@ -264,7 +281,7 @@ def test_a_judge_that_raises_ends_it_in_one_line(folder: Path, capsys: pytest.Ca
     words = ["evaluate", folder / "run", "--judge", f"{folder / 'judges.py'}:broken", "--against", folder / "other"]
     assert main([*map(str, words), "--use_cpu"]) == 1
     said = capsys.readouterr().err
-    assert "the judge broken raised ZeroDivisionError" in said and "Traceback" not in said
+    assert "judge broken raised ZeroDivisionError" in said and "Traceback" not in said
 
 
 def test_the_page_escapes_and_runs_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -370,8 +387,3 @@ def test_settings_that_do_not_go_together(words: list[str], said: str, capsys: p
     given = ["--model_name_or_path", "m", "--dataset_name", "d", "--reward_funcs", "r.py:f", "--iterations", "1"]
     assert main(["train", *given, *words]) == 2
     assert said in capsys.readouterr().err
-
-
-def test_a_reward_model_is_no_judge_by_itself(tmp_path: Path) -> None:
-    with pytest.raises(RebelError):
-        load_contest(str(tmp_path / "nothing.py:f"))

@@ -263,6 +263,7 @@ def test_help_in_half_a_second():
 @pytest.fixture
 def installed(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
     """The versions that the doctor sees, to change at will."""
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     versions = {"rebel-rl": "0.1.0", "torch": "2.13.0+cpu", "trl": "1.16.0"}
     monkeypatch.setattr(doctor, "_version", versions.get)
     requires = ["torch>=2.6", "trl<2,>=1.16", 'pytest>=8; extra == "dev"']

@@ -29,7 +29,16 @@ RUNS: dict[str, dict[str, Any]] = {
         **{"prompts_per_iteration": 3, "steps_per_iteration": 3, "tokens_per_micro_batch": 23, "sampling_batch": 4},
         **{"eta": "auto", "kl_per_iteration": 0.02, "beta": 0.05, "replace_flat_groups": 1.0},
     },
+    # five shards of two prompts or one, dealt to two processes
+    "rounds": {
+        **{"rounds": 1, "round_prompts": 9, "shard_prompts": 2, "prompts_per_iteration": 5, "steps_per_iteration": 2},
+        **{"tokens_per_micro_batch": 40, "pairing": "extremes", "iterations": None},
+    },
     "lora": {"prompts_per_iteration": 3, "steps_per_iteration": 2, "tokens_per_micro_batch": 40, "beta": 0.1},
+    "judged": {
+        **{"prompts_per_iteration": 4, "steps_per_iteration": 2},
+        **{"eval_against": "initial", "eval_judge": f"{tiny.__file__}:longer"},
+    },
 }
 COMMON: dict[str, Any] = {"iterations": 2, "save_steps": 1, "eval_steps": 1}
 
@@ -43,7 +52,7 @@ def start(name: str) -> Any:
 
 def carried_out(name: str, folder: Path) -> dict[str, Any]:
     """What a run has learnt and measured."""
-    made = tiny.trained(folder, lm=start(name), **COMMON, **RUNS[name])
+    made = tiny.trained(folder, lm=start(name), **COMMON | RUNS[name])
     learner = made.recorder.learner
     return {"weights": tiny.weights(made), "averaged": learner.averaged, "steps": learner.steps}
 
@@ -127,6 +136,15 @@ def test_two_processes_learn_what_one_does(name: str, both: tuple[Path, list[dic
         assert its.keys() == row.keys()
         for key, value in row.items():
             assert its[key] == (value if value is None else pytest.approx(value, rel=1e-3, abs=1e-4)), key
+
+
+def test_two_processes_draw_and_score_what_one_does(both: tuple[Path, list[dict[str, Any]]], tmp_path: Path) -> None:
+    carried_out("rounds", tmp_path)
+    theirs, own = (path / "rounds" / "00000" for path in (both[0] / "rounds", tmp_path))
+    files = sorted(path.relative_to(own) for part in ("completions", "rewards") for path in (own / part).iterdir())
+    assert len(files) == 2 * 5
+    assert all((own / file).read_bytes() == (theirs / file).read_bytes() for file in files)
+    assert len(list((theirs / "anchors").glob("*.arrow"))) == 5
 
 
 def trainable(name: str) -> list[torch.Tensor]:

@@ -94,8 +94,8 @@ def test_flags_that_are_named_exist(path: Path) -> None:
 
 def options() -> set[str]:
     """Flags of the commands that are no settings, and those of other tools that the pages name."""
-    commands = (["train"], ["sample", "RUN", "--prompt", "x"], ["quickstart"], ["sft"], ["reward-model"])
-    commands = (*commands, ["evaluate", "RUN", "--judge", "x"])
+    commands = (["train"], ["rollout"], ["score", "ROLLOUTS"], ["sample", "RUN", "--prompt", "x"], ["quickstart"])
+    commands = (*commands, ["sft"], ["reward-model"], ["evaluate", "RUN", "--judge", "x"])
     ours = {name for words in commands for name in parse(words).options}
     return ours | {"help", "version"}
 

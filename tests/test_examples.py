@@ -150,6 +150,14 @@ def test_the_story_example_runs(stories: Path, first_sentences: Path, tmp_path: 
     assert undocumented == {"rewards/sentiment", "eval/rewards/sentiment"}
 
 
+def test_the_large_batch_example_runs(stories: Path, first_sentences: Path, tmp_path: Path, train: Train) -> None:
+    sizes = {"rounds": 2, "round_prompts": 16, "shard_prompts": 8, "prompts_per_iteration": 8, "iterations": "null"}
+    metrics = train("large_batch.yaml", model_name_or_path=stories, dataset_name=first_sentences, **sizes)
+    assert [row["samples"] for row in metrics] == [0, 32, 64, 96, 128]
+    assert len(list((tmp_path / "run" / "rounds").rglob("*.arrow"))) == 2 * 2 * 3
+    assert {key for row in metrics for key in row} - documented() == {"rewards/sentiment", "eval/rewards/sentiment"}
+
+
 def documented() -> set[str]:
     """The keys of metrics.jsonl that docs/report.md explains."""
     rows = [line for line in (ROOT / "docs" / "report.md").read_text().splitlines() if line.startswith("| `")]

@@ -19,16 +19,18 @@ ORDER = """
     types errors
     pairing algorithm margins
     stepsize data winrates iterates evaluate report rewards policies samplers micro_batches learner
-    against measures way checkpoint collect evaluators fit
+    shards rollouts
+    against measures way checkpoint collect evaluators fit rounds
     train
-    convert config from_trl settings validate model_card plan trackers loading record
-    build_win_rates judging build job
+    convert config from_trl settings validate model_card plan trackers signals loading record large_batch
+    build_win_rates judging build job drawn_elsewhere rollout_job
     stages versus trainer tasks doctor cli __main__
 """
 """Modules and packages from the inside to the outside: each may import those before it, and no other."""
 
 SEE_CONFIG = """
-    from_trl settings validate model_card plan trackers record judging build_win_rates build job versus trainer tasks
+    from_trl settings validate model_card plan trackers record large_batch build_win_rates judging build job rollout_job
+    versus trainer tasks
 """
 """What is about settings, or puts a run together from them. The method, its parts and the loop are not."""
 
@@ -46,10 +48,15 @@ FOREIGN = {
     "way": set(),
     "fit": PURE,
     "train": set(),
+    "shards": {"pyarrow"},
+    "rollouts": PURE | {"pyarrow"},
     "collect": {"accelerate", "torch"},
     "evaluators": {"accelerate"},
     "winrates": {"numpy", "scipy"},
     "against": set(),
+    "rounds": {"accelerate", "numpy", "torch"},
+    "drawn_elsewhere": {"datasets"},
+    "signals": set(),
     "learner": PURE | {"accelerate"},
     "checkpoint": {"torch", "numpy", "safetensors"},
     "data": {"torch", "datasets"},
@@ -134,7 +141,7 @@ def test_only_what_is_about_settings_sees_them() -> None:
 
 def test_the_loop_sees_protocols_and_no_model_sampler_or_reward() -> None:
     pure = {"rewards.groups"}  # arithmetic on scored groups
-    for name in ("algorithm", "learner", "measures", "way", "fit", "collect", "evaluators", "train"):
+    for name in ("algorithm", "learner", "measures", "way", "fit", "collect", "evaluators", "rounds", "train"):
         seen = {i.removeprefix("rebel.") for i, _ in imports(files()[name]) if i.startswith("rebel.")}
         concrete = {i for i in seen - pure if part(i) in ("policies", "samplers", "rewards", "report", "trackers")}
         assert not concrete, f"{name} imports {concrete}"

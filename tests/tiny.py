@@ -153,6 +153,11 @@ def evenness(completion_ids: list[list[int]], **kwargs: Any) -> list[float]:
     return [sum(token % 2 == 0 for token in ids) / len(ids) for ids in completion_ids]
 
 
+def longer(prompts: list[Any], first: list[str], second: list[str], **columns: Any) -> list[float]:
+    """A judge: the longer text is better."""
+    return [0.5 + 0.5 * ((len(a) > len(b)) - (len(a) < len(b))) for a, b in zip(first, second, strict=True)]
+
+
 def small() -> PreTrainedModel:
     """The model of the runs, near enough to uniform that it can learn anything."""
     return model(initializer_range=0.1, num_hidden_layers=1)

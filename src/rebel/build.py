@@ -40,7 +40,8 @@ from rebel.evaluators import ByReward
 from rebel.fit import Regression
 from rebel.iterates import FOLDER as ITERATES
 from rebel.iterates import Iterates
-from rebel.judging import build_evaluator, build_judge
+from rebel.judging import build_evaluator, judge_of_evaluation
+from rebel.large_batch import build_rounds, in_rounds, in_words, iterations_of_rounds, round_size, whose
 from rebel.learner import Learner, learner
 from rebel.loading import loaded
 from rebel.model_card import model_card
@@ -52,6 +53,8 @@ from rebel.report import Terminal
 from rebel.rewards.combine import Weighted
 from rebel.rewards.functions import Notes
 from rebel.rewards.load import as_reward
+from rebel.rollouts import Prompts
+from rebel.rounds import Rounds, Say, unscored
 from rebel.samplers.generate import Generate
 from rebel.samplers.mixture import Mixture
 from rebel.stepsize import AutoEta, GivenEta, StepRule
@@ -231,12 +234,12 @@ def build_run(
     hooks: Hooks,
     judge: Judge | None = None,
     iterates: Iterates | None = None,
+    say: Say = print,
 ) -> Run:
     """A run over the parts."""
     accelerator, policy = learner.accelerator, learner.policy
     assert isinstance(policy, CausalLM), "build_policy made it"
-    precision: Any = accelerator.autocast  # whose annotation contradicts its default
-    sampler = Generate(policy, config.max_completion_length, config.temperature, precision)
+    sampler = build_sampler(config, policy, accelerator)
     source = Source(
         sampler=sampler,
         reward=reward,
@@ -272,7 +275,11 @@ def build_run(
     )
     return Run(
         learner=learner,
-        collector=Online(source, config.prompts_per_iteration, config.replace_flat_groups),
+        collector=(
+            build_rounds(config, source, prompts[0], regression.pairing, policy, say)
+            if in_rounds(config)
+            else Online(source, config.prompts_per_iteration, config.replace_flat_groups)
+        ),
         regression=regression,
         reference=reference,
         evaluator=build_evaluator(config, by_reward, judge, cool) if prompts[1] else None,
@@ -282,8 +289,16 @@ def build_run(
     )
 
 
-def iterations_of(config: RebelConfig) -> int:
-    """Iterations of the run, from --iterations or from --max_steps."""
+def build_sampler(config: RebelConfig, policy: CausalLM, accelerator: Accelerator) -> Generate:
+    """Who draws for training."""
+    precision: Any = accelerator.autocast  # whose annotation contradicts its default
+    return Generate(policy, config.max_completion_length, config.temperature, precision)
+
+
+def iterations_of(config: RebelConfig, training: Sequence[Prompt]) -> int:
+    """Iterations of the run, from --rounds, --iterations or --max_steps."""
+    if in_rounds(config):
+        return iterations_of_rounds(config, round_size(config, training))
     if config.iterations is not None:
         return config.iterations
     return math.ceil(config.max_steps / (config.steps_per_iteration * config.num_iterations))
@@ -296,7 +311,6 @@ class Job:
     config: RebelConfig
     run: Run
     recorder: Recorder
-    reward: Reward
     iterations: int
     plan: list[str]
 
@@ -305,39 +319,50 @@ def build_job(
     config: RebelConfig,
     model: LanguageModel,
     tokenizer: PreTrainedTokenizerBase,
-    reward: Callable[[Notes], Weighted],
+    reward: Callable[[Notes], Weighted] | None,
     prompts: tuple[Sequence[Prompt], Sequence[Prompt]],
     callbacks: Sequence[Any] = (),
 ) -> Job:
-    """All parts of a run from its settings and what has been loaded. Touches no file."""
+    """All parts of a run from its settings and what has been loaded. Touches no file.
+
+    Only where all rollouts are scored already and nothing is evaluated can it do without a reward.
+    """
     arguments = training_arguments(config)  # before the accelerator, whose state it would reset
     accelerator = build_accelerator(config)
     policy = build_policy(model.to(accelerator.device), tokenizer, config)
-    training, dropped = fitting(prompts[0], policy, config)
+    given = prompts[0] if isinstance(prompts[0], Prompts) else None
+    training, dropped = fitting(prompts[0], policy, config) if given is None else (given, 0)
+    notices = [] if given is None else whose(config, given.rollouts, policy)
     held_out = fitting(prompts[1], policy, config)[0] if prompts[1] else []
     reference = build_reference(policy, config)
-    iterations = iterations_of(config)
+    iterations = iterations_of(config, training)
     steps = iterations * config.steps_per_iteration * config.num_iterations
     mover = build_learner(accelerator, policy, config, arguments, steps)
     main = accelerator.is_main_process
     trackers = Trackers(callbacks, arguments, policy.model, tokenizer, mover.optimizer, mover.scheduler, main)
     terminal = Terminal(iterations, disable=config.disable_tqdm, silent=not main, judged=bool(config.eval_against))
     notes = Notes(trainer_state=trackers.state)
-    judge = reward(notes)
-    judge.check(training)
+    judge = reward(notes) if reward else None
+    scored = training if given is None else held_out
+    if judge and scored:
+        judge.check(scored)
     save = partial(save_model, config, mover)
     folder = Path(config.output_dir)
     iterates = build_iterates(policy, config, iterations)
     recorder = Recorder(
         config, folder, terminal, trackers, mover, save, len(training), notes.take_metrics, iterates=iterates
     )
-    compares = build_judge(config, notes, held_out)
-    run = build_run(config, mover, reference, judge, (training, held_out), recorder, compares, iterates)
+    compares = judge_of_evaluation(config, notes, held_out)
+    parts = (training, held_out)
+    run = build_run(config, mover, reference, judge or unscored, parts, recorder, compares, iterates, terminal.say)
+    if isinstance(run.collector, Rounds):
+        recorder.round = run.collector.per_round
+        notices.insert(0, in_words(config, run.collector.size))
     memory = estimate(policy.model, config, reference_is_copy(reference, policy, config), mover.average > 0)
     layout = layout_in_words(config, policy.shared_prefix)
     world = accelerator.num_processes
     plan = describe(config, len(training), len(held_out), dropped, iterations, world, memory, layout)
-    return Job(config, run, recorder, judge, iterations, plan)
+    return Job(config, run, recorder, iterations, [*plan, *notices])
 
 
 def build_iterates(policy: CausalLM, config: RebelConfig, iterations: int) -> Iterates | None:

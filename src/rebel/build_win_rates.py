@@ -8,18 +8,22 @@ from typing import Any
 
 from rebel.config import RebelConfig
 from rebel.rewards.combine import Weighted
+from rebel.rewards.contest import REWARD, HigherReward
 from rebel.rewards.functions import Notes
 from rebel.rewards.judge_load import Service, load_judge
+from rebel.rewards.load import load_reward
 from rebel.rewards.winrate import AgainstFirst, WinRate
-from rebel.types import Reward
+from rebel.types import Judge, Reward
 
 ANSWERS, JUDGED = "judge_answers.sqlite", "opponents.jsonl"
 """In the run's folder: what a judge behind an endpoint has answered, and whom evaluations compare with."""
 
 
-def service_of(config: RebelConfig) -> Service:
-    """How a judge behind an endpoint is asked; its answers stay in the run's folder."""
-    return Service(
+def build_judge(spec: str, config: RebelConfig, notes: Notes, models: Mapping[str, Any]) -> Judge:
+    """The judge of that name, or the reward of reward:NAME; `models` are the settings of models in this process."""
+    if spec.startswith(REWARD):
+        return HigherReward(load_reward(spec.removeprefix(REWARD), notes, **models), spec)
+    service = Service(
         config.judge_base_url,
         config.judge_api_key_env,
         config.judge_args,
@@ -27,13 +31,14 @@ def service_of(config: RebelConfig) -> Service:
         config.judge_deadline,
         Path(config.output_dir) / ANSWERS,
     )
+    return load_judge(spec, notes, config.judge_template, service, **models)
 
 
 def win_rates(config: RebelConfig, notes: Notes, models: Mapping[str, Any]) -> list[WinRate]:
     """The win rate by the judge of the settings, if they name one."""
     if not config.judge:
         return []
-    judge = load_judge(config.judge, notes, config.judge_template, service_of(config), **models)
+    judge = build_judge(str(config.judge), config, notes, models)
     return [WinRate(judge, config.judge_unit, config.judge_opponents, config.judge_swap, notes)]
 
 

@@ -19,7 +19,7 @@ from rebel.errors import RebelError, RunStopped
 from rebel.from_trl import translate_batch
 from rebel.settings import Setting, known, read_yaml, resolve, unknown
 from rebel.stages.settings import REWARD_MODEL, SFT, Stage, help_of, named, read_words
-from rebel.validate import validate
+from rebel.validate import validate, validate_drawing, validate_scoring
 
 EXAMPLES = """\
 examples:
@@ -35,6 +35,12 @@ TRAIN = (
     "Tune a model. Settings come from the YAML file, whose keys are the names below, and from flags, which "
     "win. Flags take hyphens for underscores; those of true or false can stand alone (--use_peft) or be "
     "turned off (--no-use_peft)."
+)
+
+
+ROLLOUT = (
+    "Draw completions of the whole prompt set to disk, for `rebel score` and `rebel train --from_rollouts`. Settings "
+    "are those of `rebel train`, from the same file. Interrupted, it goes on when it is given again."
 )
 
 
@@ -70,7 +76,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("-V", "--version", action="store_true", help="show the version and exit")
     parser.set_defaults(command=partial(_alone, parser), options=("help", "version"))
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
-    for add in (_add_train, _add_stages, _add_quickstart, _add_sample, _add_evaluate, _add_report, _add_doctor):
+    adders = (_add_train, _add_stages, _add_rollout, _add_score, _add_quickstart, _add_sample, _add_evaluate)
+    for add in (*adders, _add_report, _add_doctor):
         add(commands)
     if argv and argv[0] in (SFT.name, REWARD_MODEL.name):  # whose flags are TRL's, and known once TRL is loaded
         arguments, arguments.words = parser.parse_known_args(argv)
@@ -120,11 +127,35 @@ def _add_train(commands: Any) -> None:
     train.description, train.formatter_class = TRAIN, _wide
     train.add_argument("config", nargs="?", help="YAML file with settings")
     train.add_argument("--dry_run", action="store_true", help="print the plan of the run and stop")
+    _add_settings(train)
+    train.set_defaults(options=(*known(), "resume", "dry_run"))
+
+
+def _add_settings(parser: Parser) -> None:
     for section, settings in groupby(known().values(), key=lambda setting: setting.section):
-        group = train.add_argument_group(section)
+        group = parser.add_argument_group(section)
         for setting in settings:
             _add_setting(group, setting)
-    train.set_defaults(options=(*known(), "resume", "dry_run"))
+
+
+def _add_rollout(commands: Any) -> None:
+    usage = "rebel rollout [config.yaml] --to FOLDER [--from_file FILE] [--SETTING VALUE ...]"
+    rollout = _command(commands, "rollout", _rollout, "draw completions of a whole prompt set to disk", usage=usage)
+    rollout.description, rollout.formatter_class = ROLLOUT, _wide
+    rollout.add_argument("config", nargs="?", help="YAML file with settings")
+    rollout.add_argument("--to", help="folder of the rollouts (unset: that of --from_rollouts)")
+    rollout.add_argument("--from_file", help="take completions that another program drew: rows of a .jsonl or the like")
+    _add_settings(rollout)
+    rollout.set_defaults(options=(*known(), "to", "from_file"))
+
+
+def _add_score(commands: Any) -> None:
+    score = _command(commands, "score", _score, "score rollouts that `rebel rollout` drew")
+    score.add_argument("rollouts", help="folder of the rollouts")
+    names = ("reward_funcs", "reward_weights", "trust_remote_code", "use_cpu", "disable_tqdm")
+    for name in names:
+        _add_setting(score, known()[name])
+    score.set_defaults(options=names)
 
 
 def _add_setting(group: Any, setting: Setting) -> None:
@@ -197,7 +228,8 @@ def _add_sample(commands: Any) -> None:
 
 EVALUATE = {
     "against": "a run, a model, or `references`: written completions in the data (default: what the run began with)",
-    "judge": "file.py:function of (prompts, first, second, **columns) -> P(first is better), or reward:REWARD",
+    "judge": "file.py:function of (prompts, first, second, **columns) -> P(first is better), openai:MODEL, a table "
+    "(.json), a model's folder or name, or reward:REWARD, of which the higher wins",
     "reference_column": "column of `references` (default: reference)",
     "completions": "completions of each prompt (default: 1)",
     "examples": "pairs to show (default: 4)",
@@ -220,6 +252,12 @@ EVALUATION = (
     "sampling_batch",
     "use_cpu",
     "seed",
+    "judge_template",
+    "judge_base_url",
+    "judge_api_key_env",
+    "judge_args",
+    "judge_concurrency",
+    "judge_deadline",
 )
 """Settings of a run that `rebel evaluate` may change."""
 
@@ -233,10 +271,12 @@ def _add_evaluate(commands: Any) -> None:
     for name, text in EVALUATE.items():
         more: Any = {"type": int, "metavar": "INT"} if name in LEAST else {"metavar": "TEXT"}
         evaluate.add_argument(f"--{name}", help=text, required=name == "judge", default=argparse.SUPPRESS, **more)
+    about = "evaluate the mixture of the iterates that the run kept by --mixture K, and not the saved model"
+    evaluate.add_argument("--mixture", action="store_true", help=about)
     group = evaluate.add_argument_group("settings of the run, over those it was trained with")
     for name in EVALUATION:
         _add_setting(group, known()[name])
-    evaluate.set_defaults(options=(*EVALUATE, *EVALUATION))
+    evaluate.set_defaults(options=(*EVALUATE, "mixture", *EVALUATION))
 
 
 def _add_report(commands: Any) -> None:
@@ -269,6 +309,27 @@ def _stage(stage: Stage, arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _rollout(arguments: argparse.Namespace) -> int:
+    flags = {name: value for name, value in vars(arguments).items() if name in known()}
+    if arguments.to:
+        flags["from_rollouts"] = arguments.to
+    config = validate_drawing(resolve(read_yaml(arguments.config), flags), prompts=not arguments.from_file)
+    from rebel.rollout_job import rollout
+
+    rollout(config, arguments.from_file)
+    return 0
+
+
+def _score(arguments: argparse.Namespace) -> int:
+    folder = _folder(arguments.rollouts)
+    flags = {name: value for name, value in vars(arguments).items() if name in known()}
+    config = validate_scoring(resolve(flags))
+    from rebel.rollout_job import score_rollouts
+
+    score_rollouts(config, str(folder))
+    return 0
+
+
 def _quickstart(arguments: argparse.Namespace) -> int:
     from rebel.tasks.arithmetic import quickstart
 
@@ -298,10 +359,10 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     for name, least in LEAST.items():
         if asked.get(name, least) < least:
             raise RebelError(f"--{name} {asked[name]}: use {least} or more")
-    validate(replace(resolve(given), iterations=1), inputs=False)
+    validate(replace(resolve(given), iterations=1, judge=asked["judge"]), inputs=False)
     from rebel.versus import Request, compare
 
-    compare(Request(run=arguments.run, **asked), given)
+    compare(Request(run=arguments.run, mixture=arguments.mixture, **asked), given)
     return 0
 
 

@@ -27,7 +27,7 @@ class Interrupted(Exception):
 class Watch(Protocol):
     """Whoever follows what is going on: it shows phases, and may ask for an end."""
 
-    def phase(self, name: str, total: int) -> AbstractContextManager[Callable[[int], None]]: ...
+    def phase(self, name: str, total: int) -> AbstractContextManager[Callable[..., None]]: ...
     def stop(self) -> bool: ...
 
 
@@ -57,7 +57,8 @@ class Drawn:
     """All groups of an iteration, those of them that are fit for the regression, and what it took.
 
     `anchor` has log pi_t of the kept groups, by index, where pi_t is no longer the policy as it is now. `fresh` is
-    false where the groups have been regressed before.
+    false where the groups have been regressed before. `tokens` were drawn in the seconds of sampling, where those are
+    not the tokens of the groups.
     """
 
     groups: Sequence[Scored]
@@ -66,6 +67,7 @@ class Drawn:
     scoring: float
     anchor: Mapping[int, Tensor] = field(default_factory=dict)
     fresh: bool = True
+    tokens: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

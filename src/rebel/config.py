@@ -124,6 +124,18 @@ class RebelConfig:
     sampling_batch: int = 64
     """Completions drawn at once by the sampler of this process; fixes the order of random numbers."""
 
+    # -- large batch ---------------------------------------------------------------------------------------
+    rounds: int | None = None
+    """Draw the whole prompt set so many times: each round goes to disk, is scored, and then regressed in iterations."""
+    round_prompts: int | None = None
+    """Prompts of a round. Unset: all."""
+    epochs: int = 1
+    """Passes over the rollouts of a round, prompts_per_iteration at a time; num_iterations repeats each iteration."""
+    from_rollouts: str | None = None
+    """Regress the rollouts of this folder, which `rebel rollout` draws and `rebel score` scores, in one round."""
+    shard_prompts: int = 64
+    """Prompts of one file of rollouts, which is also what an interruption may cost; fixes the random numbers."""
+
     # -- batch and optimisation ----------------------------------------------------------------------------
     prompts_per_iteration: int = 32
     """Prompts drawn for each iteration, all processes together."""
@@ -199,7 +211,7 @@ class RebelConfig:
     """Evaluate by win rate too, against: initial (the policy before training), references (written completions in the
     data), a run, or a model's name or folder."""
     eval_judge: str | None = None
-    """Who compares for eval_against: what judge takes, or reward:NAME for a reward, of which the higher wins."""
+    """Who compares for eval_against: as for judge, or reward:NAME for a reward, of which the higher wins."""
     reference_column: str = "reference"
     """Column of the evaluation data with the references."""
     save_strategy: Literal["no", "steps"] = "steps"

@@ -19,12 +19,14 @@ from rebel.errors import RebelError, RunStopped
 from rebel.evaluate import text as text_of
 from rebel.iterates import FOLDER as ITERATES
 from rebel.iterates import Iterates
+from rebel.large_batch import stored
 from rebel.loading import load_policy
 from rebel.record import (
     BEST,
     FAILED,
     METRICS,
     OPPONENTS,
+    ROUNDS,
     SETTINGS,
     Recorder,
     checkpoint_to_resume,
@@ -33,6 +35,7 @@ from rebel.record import (
 )
 from rebel.report import write_report
 from rebel.rewards.functions import Notes, RewardFailed
+from rebel.rollouts import Prompts
 from rebel.samplers.generate import Generate
 from rebel.samplers.mixture import Mixture
 from rebel.settings import read_yaml, resolve
@@ -119,10 +122,19 @@ def run_training(config: RebelConfig, dry_run: bool = False) -> None:
 
 def prepare(config: RebelConfig) -> Job:
     """A run that is ready to start; what is quick to find wrong is looked at before the model is loaded."""
-    prompts = build_prompts(config)
+    prompts = stored_prompts(config) if config.from_rollouts else build_prompts(config)
     tokenizer = build_tokenizer(config)
-    build_reward(config, Notes()).check(prompts[0])
-    return build_job(config, build_model(config), tokenizer, partial(build_reward, config), prompts)
+    scored = prompts[1] if config.from_rollouts else prompts[0]  # those that a reward will see
+    reward = partial(build_reward, config) if scored else None
+    if reward:
+        reward(Notes()).check(scored)
+    return build_job(config, build_model(config), tokenizer, reward, prompts)
+
+
+def stored_prompts(config: RebelConfig) -> tuple[Sequence[Prompt], Sequence[Prompt]]:
+    """The prompts of given rollouts, and those of evaluation where a dataset and a reward are named for it."""
+    training = Prompts(stored(str(config.from_rollouts)))
+    return training, build_prompts(config)[1] if config.dataset_name and config.reward_funcs else []
 
 
 def quiet() -> None:
@@ -138,7 +150,8 @@ def push(job: Job) -> str:
     name = job.config.hub_model_id or job.recorder.folder.name
     api = HfApi()
     repository = api.create_repo(name, exist_ok=True).repo_id
-    ignore = ["checkpoint-*/*", f"{BEST}/*", f"{ITERATES}/*", FAILED, ANSWERS, JUDGED, OPPONENTS]
+    ignore = ["checkpoint-*/*", *(f"{name}/*" for name in (BEST, ITERATES, ROUNDS))]
+    ignore += [FAILED, ANSWERS, JUDGED, OPPONENTS]
     return api.upload_folder(repo_id=repository, folder_path=job.recorder.folder, ignore_patterns=ignore)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from rebel.against import Contents, references, words
-from rebel.build_win_rates import service_of
+from rebel.build_win_rates import build_judge
 from rebel.collect import Source, draw
 from rebel.config import RebelConfig
 from rebel.errors import RunStopped
@@ -20,19 +20,19 @@ from rebel.loading import load_policy
 from rebel.policies.causal_lm import CausalLM
 from rebel.record import OPPONENTS
 from rebel.report.rows import append_rows, read_rows
-from rebel.rewards.contest import check_judge, load_contest
 from rebel.rewards.functions import Notes
+from rebel.rewards.winrate import check_judge
 from rebel.samplers.generate import Generate
 from rebel.train import Evaluator
 from rebel.types import Judge, Prompt, Rollout
 
 
-def build_judge(config: RebelConfig, notes: Notes, prompts: Sequence[Prompt]) -> Judge | None:
+def judge_of_evaluation(config: RebelConfig, notes: Notes, prompts: Sequence[Prompt]) -> Judge | None:
     """Who compares completions of these prompts for --eval_against; nobody without it."""
     if not config.eval_judge or not prompts:
         return None
     models = {"trust_remote_code": config.trust_remote_code, **({"device": "cpu"} if config.use_cpu else {})}
-    judge = load_contest(config.eval_judge, notes, config.judge_template, service_of(config), **models)
+    judge = build_judge(config.eval_judge, config, notes, models)
     check_judge(judge, prompts)
     return judge
 

@@ -65,6 +65,9 @@ def describe(
     passes = f" in {config.num_iterations} passes" if config.num_iterations > 1 else ""
     per_step = config.prompts_per_iteration / config.steps_per_iteration
     lost = f"; {dropped:,} longer than fits were dropped" if dropped else ""
+    samples = f"{iterations * drawn:,} samples, "
+    if config.rounds is not None or config.from_rollouts:
+        samples = ""
     return [
         f"prompts      {prompts:,} to train on, {evaluated:,} to evaluate on{lost}",
         f"iteration    {config.prompts_per_iteration} prompts x {group} completions = {drawn:,} samples of at most "
@@ -73,8 +76,7 @@ def describe(
         f"each, {config.pairing} pairs",
         f"step         {step_in_words(config)}",
         f"run          {iterations:,} iterations = {iterations * steps:,} optimiser steps, "
-        f"{iterations * drawn:,} samples, "
-        f"{iterations * config.prompts_per_iteration / max(prompts, 1):.2f} passes over the prompts",
+        f"{samples}{iterations * config.prompts_per_iteration / max(prompts, 1):.2f} passes over the prompts",
         f"processes    {world}, micro-batches of at most {config.tokens_per_micro_batch:,} tokens "
         f"(no effect on the result), {layout}",
         f"memory       about {memory.total / GIB:.2f} GiB a process: " + breakdown(memory),

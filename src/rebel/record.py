@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import signal
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, fields
@@ -25,10 +23,11 @@ from rebel.learner import Learner
 from rebel.report import Terminal, append_rows, truncate_after
 from rebel.rewards.functions import RewardFailed
 from rebel.settings import dump
+from rebel.signals import heeding_signals
 from rebel.trackers import Trackers
 
 METRICS, SAMPLES, SETTINGS, FAILED = "metrics.jsonl", "samples.jsonl", "config.yaml", "failed_reward.json"
-BEST = "best"
+BEST, ROUNDS = "best", "rounds"
 OPPONENTS = "eval_opponents.jsonl"
 LEFTOVERS = (METRICS, SAMPLES, SETTINGS, FAILED, "report.html", "opponents.jsonl")
 
@@ -38,6 +37,7 @@ FREE = frozenset(
         "overwrite_output_dir",
         "iterations",
         "max_steps",
+        "rounds",
         "tokens_per_micro_batch",
         "shared_prefix",
         "logging_steps",
@@ -83,7 +83,7 @@ def claim_folder(config: RebelConfig, resume: bool) -> Path:
         raise RebelError(f"--output_dir {folder} is a file; name a folder")
     if config.model_name_or_path and folder.resolve() == Path(config.model_name_or_path).resolve():
         raise RebelError(f"--output_dir {folder} is the model's own folder; the tuned model would replace it")
-    held = [name for name in LEFTOVERS if (folder / name).exists()] + checkpoint.all_checkpoints(folder)
+    held = [name for name in (*LEFTOVERS, ROUNDS) if (folder / name).exists()] + checkpoint.all_checkpoints(folder)
     if held and not resume:
         if not config.overwrite_output_dir:
             raise RebelError(
@@ -99,7 +99,7 @@ def clear(folder: Path) -> None:
     """Delete what a run of rebel left, and nothing else."""
     for name in (*LEFTOVERS, OPPONENTS):
         (folder / name).unlink(missing_ok=True)
-    for old in [*checkpoint.all_checkpoints(folder), folder / BEST, folder / ITERATES]:
+    for old in [*checkpoint.all_checkpoints(folder), folder / BEST, folder / ITERATES, folder / ROUNDS]:
         shutil.rmtree(old, ignore_errors=True)
 
 
@@ -120,7 +120,7 @@ def checkpoint_to_resume(config: RebelConfig) -> Path | None:
 
 @dataclass
 class Recorder:
-    """The hooks of a run in a folder."""
+    """The hooks of a run in a folder. `round` is the number of iterations of a round, if there are rounds."""
 
     config: RebelConfig
     folder: Path
@@ -131,6 +131,7 @@ class Recorder:
     prompts: int
     noted: Callable[[], dict[str, float]] = dict
     iterates: Iterates | None = None
+    round: int = 0
     signalled: str | None = None
     evaluated: int = -1
     logged: int = -1
@@ -181,8 +182,13 @@ class Recorder:
         if evaluation:
             self.take_evaluation(progress, evaluation)
         self.rng = checkpoint.rng_state()
-        if self.config.save_strategy == "steps" and due(self.saved, progress.step, self.config.save_steps):
+        if self.config.save_strategy == "steps" and self.checkpoint_is_due(progress):
             self.checkpoint(progress)
+
+    def checkpoint_is_due(self, progress: Progress) -> bool:
+        """Also before a round: what it draws belongs to the policy as it is then, and to no other."""
+        before_round = self.round > 0 and progress.iteration % self.round == 0
+        return before_round or due(self.saved, progress.step, self.config.save_steps)
 
     def take_evaluation(self, progress: Progress, evaluation: Evaluation) -> None:
         """Write its samples and keep the policy if it is the best so far."""
@@ -244,21 +250,12 @@ class Recorder:
     def heeding_signals(self) -> Iterator[None]:
         """Ctrl-C and SIGTERM end the run at the next safe place; a second one ends it at once."""
 
-        def hear(number: int, frame: object) -> None:
-            if self.signalled:
-                raise KeyboardInterrupt
-            self.signalled = signal.Signals(number).name
-            self.terminal.say(f"{self.signalled}: stopping at the next safe place; once more to stop at once")
+        def hear(name: str) -> None:
+            self.signalled = name
+            self.terminal.say(f"{name}: stopping at the next safe place; once more to stop at once")
 
-        if threading.current_thread() is not threading.main_thread():
+        with heeding_signals(hear):
             yield
-            return
-        before = {number: signal.signal(number, hear) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
 
 
 def due(last: int, now: int, every: int) -> bool:

@@ -88,7 +88,7 @@ def iterate(run: Run, progress: Progress) -> measures.Measures:
         metrics["r2_in_sample"] = metrics.pop("r2_held_out")
     progress.iteration += 1
     progress.step = run.learner.steps
-    progress.samples += sum(len(group.rollout.completions) for group in drawn.groups)
+    progress.samples += sum(len(group.rollout.completions) for group in drawn.groups) if drawn.fresh else 0
     progress.prompts_taken += len(drawn.groups)
     return metrics | speeds(drawn, metrics)
 
@@ -132,9 +132,10 @@ def evaluated(run: Run, evaluator: Evaluator) -> Evaluation:
 def speeds(drawn: Drawn, metrics: measures.Measures) -> measures.Measures:
     """Seconds of the first half, and tokens per second of both."""
     tokens = sum(measures.length(c) for group in drawn.groups for c in group.rollout.completions)
+    new = tokens if drawn.tokens is None else drawn.tokens
     return {
         "seconds/sampling": drawn.sampling,
         "seconds/rewards": drawn.scoring,
-        "tokens_per_second_sampling": tokens / max(drawn.sampling, 1e-9),
+        **({"tokens_per_second_sampling": new / drawn.sampling} if new and drawn.sampling else {}),
         "tokens_per_second_training": tokens / max(metrics["seconds/scoring"] + metrics["seconds/training"], 1e-9),
     }

@@ -20,8 +20,10 @@ from rebel.data import prompts_of
 from rebel.errors import RebelError
 from rebel.from_trl import translate_batch
 from rebel.job import carry_out, push
+from rebel.large_batch import stored
 from rebel.policies.causal_lm import CausalLM, LanguageModel
 from rebel.record import checkpoint_to_resume, claim_folder
+from rebel.rollouts import Prompts
 from rebel.settings import resolve
 from rebel.train import evaluated
 from rebel.types import Prompt
@@ -56,7 +58,7 @@ class RebelTrainer:
             loaded_model(model, self.args, peft_config),
             self.processing_class,
             partial(build_reward, self.args, rewards=rewards),
-            (prompts(train_dataset, self.args, "train_dataset"), held_out(eval_dataset, self.args)),
+            (training(train_dataset, self.args), held_out(eval_dataset, self.args)),
             callbacks,
         )
 
@@ -127,6 +129,11 @@ def loaded_model(model: str | PreTrainedModel, args: RebelConfig, peft_config: P
             raise RebelError("peft_config is a new adapter and adapter_path a trained one; give only one of them")
         return with_adapter(built, args, peft_config)
     return with_adapter(model, args, peft_config) if args.use_peft and not hasattr(model, "peft_config") else model
+
+
+def training(dataset: Dataset | Sequence[dict[str, Any]] | None, args: RebelConfig) -> Sequence[Prompt]:
+    """The prompts of the training set, or of rollouts drawn before."""
+    return Prompts(stored(args.from_rollouts)) if args.from_rollouts else prompts(dataset, args, "train_dataset")
 
 
 def prompts(dataset: Dataset | Sequence[dict[str, Any]] | None, args: RebelConfig, name: str) -> list[Prompt]:

@@ -25,6 +25,10 @@ AT_LEAST = {
     "steps_per_iteration": 1,
     "num_iterations": 1,
     "tokens_per_micro_batch": 1,
+    "rounds": 1,
+    "round_prompts": 1,
+    "epochs": 1,
+    "shard_prompts": 1,
     "iterations": 1,
     "seed": 0,
     "logging_steps": 1,
@@ -79,8 +83,22 @@ def validate(config: RebelConfig, *, inputs: bool = True) -> RebelConfig:
     TRL's batch arguments are translated before. `inputs=False` where the model, the prompts and the rewards
     are given as objects, as in RebelTrainer.
     """
+    return _checked(config, INPUTS + CHECKS if inputs else CHECKS)
+
+
+def validate_drawing(config: RebelConfig, *, prompts: bool = True) -> RebelConfig:
+    """The settings of `rebel rollout`, checked: those of a run, of which it needs no reward and no length."""
+    drawing = (_model, _prompts) if prompts else (_model,)
+    return _checked(config, (*drawing, _home, _counts, _ranges, _sampling, _precision, _adapter))
+
+
+def validate_scoring(config: RebelConfig) -> RebelConfig:
+    """The settings of `rebel score`, checked."""
+    return _checked(config, (_reward, _rewards))
+
+
+def _checked(config: RebelConfig, checks: tuple[Callable[[RebelConfig], Complaints], ...]) -> RebelConfig:
     config = resolve(vars(config))
-    checks = INPUTS + CHECKS if inputs else CHECKS
     complaints = [complaint for check in checks for complaint in check(config)]
     if complaints:
         raise RebelError("\n".join(complaints))
@@ -168,12 +186,48 @@ def _precision(config: RebelConfig) -> Complaints:
 
 
 def _length(config: RebelConfig) -> Complaints:
-    if config.max_steps != -1 and config.max_steps < 1:
+    if config.rounds is not None or config.from_rollouts:
+        yield from _large_batch(config)
+    elif config.max_steps != -1 and config.max_steps < 1:
         yield f"{_said(config, 'max_steps')}: use 1 or more optimiser steps (-1: not given)"
     elif config.iterations is None and config.max_steps == -1:
-        yield "how long to train is not given: use --iterations, or --max_steps for optimiser steps"
+        yield (
+            "how long to train is not given: use --iterations, or --max_steps for optimiser steps, or --rounds for "
+            "large batches"
+        )
     elif config.iterations is not None and config.max_steps != -1:
         yield f"{_said(config, 'iterations', 'max_steps')}: both say how long to train; use one of them"
+
+
+def _large_batch(config: RebelConfig) -> Complaints:
+    way = "from_rollouts" if config.rounds is None else "rounds"
+    if (config.rounds or 1) > 1 and config.from_rollouts:
+        yield f"{_said(config, 'rounds', 'from_rollouts')}: rollouts drawn before are one round; use --rounds 1"
+    for name, neutral in (("iterations", None), ("max_steps", -1)):
+        if getattr(config, name) != neutral:
+            yield f"{_said(config, name, way)}: the rollouts and --epochs say how long to train; leave --{name} out"
+    if config.replace_flat_groups:
+        yield (
+            f"{_said(config, 'replace_flat_groups', way)}: all prompts are drawn from before any is regressed, so "
+            "there are no others to draw in their place; leave it out"
+        )
+    if config.kl_per_iteration is not None:
+        yield (
+            f"{_said(config, 'kl_per_iteration', way)}: it holds the KL of iterations that begin at their own pi_t, "
+            "and these are parts of one round; leave it out, or use --iterations"
+        )
+
+
+def _no_large_batch(config: RebelConfig) -> Complaints:
+    if config.rounds is None and not config.from_rollouts:
+        for name, neutral in (("round_prompts", None), ("epochs", 1)):
+            if getattr(config, name) != neutral:
+                yield f"{_said(config, name)} is for large batches; give --rounds with it"
+
+
+def _home(config: RebelConfig) -> Complaints:
+    if not config.from_rollouts:
+        yield "where to is not given: use --to for the folder of the rollouts"
 
 
 def _evaluation(config: RebelConfig) -> Complaints:
@@ -222,10 +276,23 @@ def _rewards(config: RebelConfig) -> Complaints:
 
 
 def _given(config: RebelConfig) -> Complaints:
+    yield from _model(config)
+    if not config.from_rollouts:
+        yield from _prompts(config)
+        yield from _reward(config)
+
+
+def _model(config: RebelConfig) -> Complaints:
     if not config.model_name_or_path:
         yield "no model: give --model_name_or_path a Hugging Face name or a folder"
+
+
+def _prompts(config: RebelConfig) -> Complaints:
     if not config.dataset_name:
         yield "no prompts: give --dataset_name a hub name, a folder or a file"
+
+
+def _reward(config: RebelConfig) -> Complaints:
     if not config.reward_funcs and not config.judge:
         yield (
             "no reward: give --reward_funcs a file.py:function, a name of trl.rewards or a reward model, "
@@ -244,7 +311,7 @@ def _judge(config: RebelConfig) -> Complaints:
     secret = [name for name in config.judge_args if re.search(r"key|auth|token$|secret|header", name, re.IGNORECASE)]
     if secret:
         yield f"--judge_args {secret[0]} looks like a key; that goes into an environment variable"
-    remote = any((judge or "").startswith("openai:") for judge in (config.judge, config.eval_judge))
+    remote = any((spec or "").startswith("openai:") for spec in (config.judge, config.eval_judge))
     if not remote and (config.judge_base_url or config.judge_args):
         name = "judge_base_url" if config.judge_base_url else "judge_args"
         yield f"--{name} is for a judge behind an endpoint: use --judge openai:MODEL, or leave it out"
@@ -268,18 +335,7 @@ def _adapter(config: RebelConfig) -> Complaints:
 
 
 CHECKS = (
-    _counts,
-    _ranges,
-    _eta,
-    _sampling,
-    _batch,
-    _precision,
-    _length,
-    _evaluation,
-    _folders,
-    _rewards,
-    _judge,
-    _mixture,
-    _adapter,
+    *(_counts, _ranges, _eta, _sampling, _batch, _precision, _length, _no_large_batch, _evaluation, _folders),
+    *(_rewards, _judge, _mixture, _adapter),
 )
 INPUTS = (_given,)

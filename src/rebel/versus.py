@@ -11,25 +11,27 @@ from typing import Any
 
 from rebel.against import Contents, duel, paired, references
 from rebel.build import build_accelerator, build_prompts, build_reward, fitting, memory_of_average
-from rebel.build_win_rates import service_of
+from rebel.build_win_rates import build_judge
 from rebel.checkpoint import PREFIX
 from rebel.collect import Source, draw
 from rebel.config import RebelConfig
 from rebel.data import PromptStream, load_prompts, seed_of
 from rebel.errors import RebelError
 from rebel.evaluate import reward_metrics
-from rebel.job import quiet
+from rebel.iterates import Iterates
+from rebel.job import quiet, stored_iterates
 from rebel.judging import tokens_in
 from rebel.loading import load_policy
 from rebel.policies.causal_lm import CausalLM
 from rebel.record import BEST, SETTINGS
 from rebel.report.rows import plain
 from rebel.report.versus import show, write_page
-from rebel.rewards.contest import check_judge, load_contest
 from rebel.rewards.functions import Notes
+from rebel.rewards.winrate import check_judge
 from rebel.samplers.generate import Generate
+from rebel.samplers.mixture import Mixture
 from rebel.settings import read_yaml, resolve
-from rebel.types import Completion, Prompt, Rollout
+from rebel.types import Completion, Prompt, Rollout, Sampler
 
 REFERENCES = "references"
 RESULT, PAGE = "evaluation.json", "evaluation.html"
@@ -43,6 +45,7 @@ class Request:
     run: str
     judge: str
     against: str | None = None
+    mixture: bool = False
     reference_column: str = "reference"
     completions: int = 1
     examples: int = 4
@@ -56,6 +59,7 @@ class Side:
     name: str
     which: str
     policy: CausalLM
+    iterates: Iterates | None = None
 
     def __str__(self) -> str:
         return f"{self.name} ({self.which})"
@@ -65,12 +69,12 @@ def compare(request: Request, given: Mapping[str, Any]) -> dict[str, Any]:
     """Evaluate, print and write the result; `given` are settings over those of the run."""
     quiet()
     config = settings_of(request.run, given)
-    models = {"device": "cpu"} if config.use_cpu else {}
-    judge = load_contest(request.judge, Notes(), config.judge_template, service_of(config), **models)
     folder = folder_of(request)
+    models = {"trust_remote_code": config.trust_remote_code, **({"device": "cpu"} if config.use_cpu else {})}
+    judge = build_judge(request.judge, replace(config, output_dir=str(folder)), Notes(), models)
     prompts = prompts_of_run(request, config, given)
     check_judge(judge, prompts)
-    ours = side(request.run, config)
+    ours = side(request.run, config, request.mixture)
     theirs = opponent(request, config)
     prompts, dropped = that_fit_both(prompts, [ours, *([theirs] if theirs else [])], config)
     rollouts = completions_of(ours, prompts, request.completions, config)
@@ -156,7 +160,8 @@ def opponent(request: Request, config: RebelConfig) -> Side | None:
     return side(name, replace(config, chat_template_kwargs=template))
 
 
-def side(name: str, config: RebelConfig) -> Side:
+def side(name: str, config: RebelConfig, mixture: bool = False) -> Side:
+    """The policy in that folder or of that name, or the mixture of the iterates that its run kept."""
     folder = Path(name).expanduser()
     if folder.is_dir() and not any((folder / file).exists() for file in MODEL_FILES):
         found = sorted(folder.glob(f"{PREFIX}*"), key=lambda path: path.stat().st_mtime)
@@ -164,7 +169,10 @@ def side(name: str, config: RebelConfig) -> Side:
         raise RebelError(f"{name} has no model in it{' (yet)' if (folder / SETTINGS).exists() else ''}{hint}")
     accelerator = build_accelerator(config)
     policy = load_policy(name, config.chat_template_kwargs, accelerator.device, config.trust_remote_code)
-    return Side(name, which_policy(name), policy)
+    if not mixture:
+        return Side(name, which_policy(name), policy)
+    iterates = stored_iterates(folder, dict(policy.model.named_parameters()))
+    return Side(name, f"mixture of {len(iterates.stored())} iterates", policy, iterates)
 
 
 def which_policy(name: str) -> str:
@@ -198,8 +206,10 @@ def temperature(config: RebelConfig) -> float:
 
 def completions_of(one: Side, prompts: Sequence[Prompt], each: int, config: RebelConfig) -> list[Rollout]:
     """Completions of the prompts. Both sides have the same random numbers, so that equal policies write equal texts."""
-    sampler = Generate(one.policy, config.max_completion_length, temperature(config))
+    sampler: Sampler = Generate(one.policy, config.max_completion_length, temperature(config))
     chunk = max(1, config.sampling_batch // each)
+    if one.iterates:  # which it loads for each chunk
+        sampler, chunk = Mixture(sampler, one.iterates, config.sampling_batch), len(prompts)
     source = Source(sampler, unscored, PromptStream(prompts, config.seed), each, chunk)
     return draw(source, prompts, seed_of(config.seed), lambda: False, lambda count: None)
 
@@ -214,7 +224,7 @@ def rewards_of(
     """Mean rewards of both sides by the functions of --reward_funcs, where it is given."""
     if "reward_funcs" not in given:
         return {}
-    reward = build_reward(config, Notes())
+    reward = build_reward(replace(config, judge=None, reward_weights=None), Notes())
     others = [
         Rollout(rollout.prompt, tuple(Completion(content, None) for content in contents))
         for rollout, contents in zip(ours, theirs, strict=True)

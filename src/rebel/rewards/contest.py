@@ -1,4 +1,4 @@
-"""A judge that decides contests: any that training takes, or any reward, the higher of which wins."""
+"""Any reward as a judge: the higher one wins."""
 
 from __future__ import annotations
 
@@ -7,10 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rebel.rewards.functions import Notes
-from rebel.rewards.judge_load import Service, load_judge
-from rebel.rewards.load import load_reward
-from rebel.types import Comparison, Completion, Judge, Prompt, Reward, Rollout
+from rebel.types import Comparison, Completion, Prompt, Reward, Rollout
 
 REWARD = "reward:"
 
@@ -31,23 +28,3 @@ class HigherReward:
         check: Any = getattr(self.reward, "check", None)
         if check is not None:
             check(prompts)
-
-
-def load_contest(
-    spec: str,
-    notes: Notes | None = None,
-    template: str | None = None,
-    service: Service | None = None,
-    **model_settings: Any,
-) -> Judge:
-    """The judge of that name: `reward:NAME`, or any that training takes. `model_settings` are those of a model."""
-    if spec.startswith(REWARD):
-        return HigherReward(load_reward(spec.removeprefix(REWARD), notes, **model_settings), spec)
-    return load_judge(spec, notes, template, service, **model_settings)
-
-
-def check_judge(judge: Judge | None, prompts: Sequence[Prompt]) -> None:
-    """Raises RebelError where the judge cannot compare completions of these prompts."""
-    look: Any = getattr(judge, "check", None)
-    if look is not None:
-        look(prompts)
