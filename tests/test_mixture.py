@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from rebel.build import build_reward
+from rebel.cli import main
 from rebel.config import RebelConfig
 from rebel.errors import RebelError
 from rebel.iterates import Iterates, iteration_of
@@ -213,6 +214,33 @@ def test_a_judge_is_one_more_of_the_weighted_rewards(tmp_path: Path) -> None:
     config = RebelConfig(judge=f"{tmp_path}/mine.py:judge", reward_weights=[1.0, 0.5], output_dir=str(tmp_path))
     reward = build_reward(config, Notes(), [tiny.evenness])
     assert reward.names == ("evenness", "judge") and reward.weights == [1.0, 0.5]
+
+
+def test_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "mine.py").write_text("from test_mixture import judge\n")
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps({"prompt": f"w{k} w{k + 1}"}) + "\n" for k in range(16)))
+    tiny.small().save_pretrained(tmp_path / "small")
+    tiny.tokenizer().save_pretrained(tmp_path / "small")
+    given = {
+        "model_name_or_path": tmp_path / "small",
+        "dataset_name": tmp_path / "data.jsonl",
+        "output_dir": tmp_path / "run",
+        "judge": f"{tmp_path}/mine.py:judge",
+        "judge_opponents": "shared",
+        "judge_unit": "advantage",
+        "mixture": 2,
+        "average": 0.0,
+        **{k: v for k, v in tiny.SETTINGS.items() if k not in ("eta", "average", "use_cpu", "disable_tqdm")},
+    }
+    words = [word for name, value in given.items() for word in (f"--{name}", str(value))]
+    assert main(["train", *words, "--use_cpu", "--disable_tqdm"]) == 0
+    rows = read_rows(tmp_path / "run" / "metrics.jsonl")
+    assert rows[-1]["eval/policy"] == "mixture" and "judge/contradictions" in rows[-1]
+    assert rows[0]["eval/reward"] == pytest.approx(0.0), "an advantage against oneself"
+    capsys.readouterr()
+    assert main(["sample", str(tmp_path / "run"), "--mixture", "--prompt", "w1 w2", "--n", "3"]) == 0
+    assert capsys.readouterr().out.count("[") == 3
+    assert "mixture of iterates" in (tmp_path / "run" / "report.html").read_text()
 
 
 @pytest.mark.parametrize(

@@ -412,6 +412,8 @@ def test_what_stands_out_is_said_and_nothing_else() -> None:
         return " ".join(remarks([row | change if row["iteration"] else row for row in metrics_rows()], settings))
 
     assert "may be chance" in said({"eval/reward": 0.43, "eval/reward_stderr": 0.02})
+    assert "named another winner in 30% of the latest comparisons" in said({"judge/contradictions": 0.3})
+    assert "another winner" not in said({"judge/contradictions": 0.02})
     assert "fell" in said({"eval/reward": 0.2, "eval/reward_stderr": 0.02})
     assert "memorises" in said({"r2_in_sample": 0.6, "r2_held_out": -0.1})
     assert "all rewards are equal" in said({"flat_groups": 0.7})

@@ -12,6 +12,7 @@ from rebel.report.words import count, duration, finite, number, share
 Row = Mapping[str, Any]
 
 RECENT = 5
+MANY_CONTRADICTIONS = 0.1
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,7 +184,17 @@ def _iterations(rows: Sequence[Row]) -> str:
 
 def remarks(rows: Sequence[Row], settings: Row) -> list[str]:
     """Sentences about what a reader of the plots should not miss."""
-    checks = (_of_reward, _of_win_rate, _of_regression, _of_groups, _of_lengths, _of_steps, _of_losses, _of_saving)
+    checks = (
+        _of_reward,
+        _of_win_rate,
+        _of_judge,
+        _of_regression,
+        _of_groups,
+        _of_lengths,
+        _of_steps,
+        _of_losses,
+        _of_saving,
+    )
     return [sentence for check in checks for sentence in check(rows, settings)]
 
 
@@ -208,6 +219,13 @@ def _of_win_rate(rows: Sequence[Row], settings: Row) -> list[str]:
     if consistent is not None and consistent < 0.7:
         said.append(f"The judge gave the same verdict in both orders for only {share(consistent)} of the pairs.")
     return said
+
+
+def _of_judge(rows: Sequence[Row], settings: Row) -> list[str]:
+    swapped = recent(rows, "judge/contradictions")
+    if swapped is None or swapped < MANY_CONTRADICTIONS:
+        return []
+    return [f"With the two swapped the judge named another winner in {share(swapped)} of the latest comparisons."]
 
 
 def _of_regression(rows: Sequence[Row], settings: Row) -> list[str]:
