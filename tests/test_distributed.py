@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import test_offline
 import tiny
 import torch
 from peft import LoraConfig, get_peft_model
@@ -29,6 +30,8 @@ RUNS: dict[str, dict[str, Any]] = {
         **{"prompts_per_iteration": 3, "steps_per_iteration": 3, "tokens_per_micro_batch": 23, "sampling_batch": 4},
         **{"eta": "auto", "kl_per_iteration": 0.02, "beta": 0.05, "replace_flat_groups": 1.0},
     },
+    # recorded completions: rewards and anchors in shares, one file of anchors
+    "offline": {"prompts_per_iteration": 8, "steps_per_iteration": 3, "tokens_per_micro_batch": 40},
     "lora": {"prompts_per_iteration": 3, "steps_per_iteration": 2, "tokens_per_micro_batch": 40, "beta": 0.1},
 }
 COMMON: dict[str, Any] = {"iterations": 2, "save_steps": 1, "eval_steps": 1}
@@ -43,9 +46,17 @@ def start(name: str) -> Any:
 
 def carried_out(name: str, folder: Path) -> dict[str, Any]:
     """What a run has learnt and measured."""
-    made = tiny.trained(folder, lm=start(name), **COMMON, **RUNS[name])
+    made = offline(folder) if name == "offline" else tiny.trained(folder, lm=start(name), **COMMON, **RUNS[name])
     learner = made.recorder.learner
     return {"weights": tiny.weights(made), "averaged": learner.averaged, "steps": learner.steps}
+
+
+def offline(folder: Path) -> Any:
+    """One epoch of recorded pairs that a reward function scores."""
+    one_epoch = {**RUNS["offline"], "num_train_epochs": 1.0}
+    trainer = test_offline.trainer(folder, reward=tiny.evenness, lm=start("offline"), eta="auto", **one_epoch)
+    trainer.train()
+    return trainer.job
 
 
 def raises_on_one_process(completion_ids: list[list[int]], **kwargs: Any) -> list[float]:
