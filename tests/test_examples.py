@@ -164,6 +164,25 @@ def documented() -> set[str]:
     return {word for line in rows for word in line.split("|")[1].replace("`", "").replace(",", " ").split()}
 
 
+def test_the_story_example_runs_with_the_real_endings_beside_its_own(
+    stories: Path, first_sentences: Path, train: Train
+) -> None:
+    rows = [json.loads(line) for line in first_sentences.read_text().splitlines()]
+    endings = [{"prompt": row["prompt"], "ending": " " + row["reference"].split(".")[0] + "."} for row in rows]
+    metrics = train(
+        "story.yaml",
+        model_name_or_path=stories,
+        dataset_name=write_rows(first_sentences, endings),
+        data_columns="ending",
+        data_completions=1,
+        max_prompt_length=30,
+        max_completion_length=64,
+        iterations=1,
+    )
+    assert metrics[-1]["policy/reward"] != metrics[-1]["data/reward"]
+    assert not {key for row in metrics for key in row} - documented() - {"rewards/sentiment", "eval/rewards/sentiment"}
+
+
 @pytest.fixture
 def compared(tmp_path: Path) -> Path:
     """Real preferences: 90 pairs of answers that people compared."""

@@ -23,6 +23,7 @@ from rebel.cli import main
 from rebel.data import laps
 from rebel.errors import RebelError
 from rebel.fit import Regression, fit, split
+from rebel.from_trl import translate_batch
 from rebel.learner import Learner, learner
 from rebel.offline import accuracy
 from rebel.pairing import all_pairs
@@ -522,3 +523,12 @@ def test_the_trainer_is_offline_without_a_reward_and_says_what_is_missing(tmp_pa
         RebelTrainer(tiny.small(), args=RebelConfig(**SETTINGS), processing_class=tiny.tokenizer())
     with pytest.raises(RebelError, match="train_dataset has no completions to learn from"):
         trainer(tmp_path, [{"prompt": "w1"}])
+
+
+def test_the_batch_arguments_of_trl_are_rows_a_step() -> None:
+    given = RebelConfig(offline=True, per_device_train_batch_size=4, gradient_accumulation_steps=2)
+    ours, lines = translate_batch(given, world_size=3)
+    assert (ours.prompts_per_iteration, ours.steps_per_iteration) == (24 * 8, 8) and "24 rows a step" in lines[0]
+    assert ours.per_device_train_batch_size is None
+    with pytest.raises(RebelError, match="--steps_per_generation with --offline"):
+        translate_batch(RebelConfig(offline=True, steps_per_generation=2), world_size=1)

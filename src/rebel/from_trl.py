@@ -68,6 +68,8 @@ def translate_batch(config: RebelConfig, world_size: int) -> tuple[RebelConfig, 
     if not given:
         return config, []
     _check_counts(given)
+    if config.offline:
+        return _offline_batch(config, given, world_size)
     completions, minibatches = _generation(given, world_size)
     ours = {
         "prompts_per_iteration": _whole(completions, config.num_generations, "completions", "num_generations"),
@@ -76,6 +78,20 @@ def translate_batch(config: RebelConfig, world_size: int) -> tuple[RebelConfig, 
     _check_agreement(config, ours)
     translated = replace(config, **ours, **dict.fromkeys(BATCH))
     return translated, _lines(given, world_size, completions, translated)
+
+
+def _offline_batch(config: RebelConfig, given: dict[str, int], world_size: int) -> tuple[RebelConfig, list[str]]:
+    """As in TRL's DPOTrainer a batch is of rows, and a step takes those of all devices and accumulated batches."""
+    wrong = [name for name in given if name not in _DEFAULT]
+    if wrong:
+        raise RebelError(f"--{wrong[0]} with --offline: nothing is generated; use --prompts_per_iteration")
+    settings = _DEFAULT | given
+    rows = settings["per_device_train_batch_size"] * settings["gradient_accumulation_steps"] * world_size
+    ours = {"prompts_per_iteration": rows * config.steps_per_iteration}
+    _check_agreement(config, ours)
+    said = f"TRL's batch arguments: {rows} rows a step. In our words: prompts_per_iteration "
+    line = f"{said}{ours['prompts_per_iteration']} in {config.steps_per_iteration} steps_per_iteration"
+    return replace(config, **ours, **dict.fromkeys(BATCH)), [line]
 
 
 def _check_counts(given: dict[str, int]) -> None:
