@@ -135,7 +135,9 @@ def test_two_processes_learn_what_one_does(name: str, both: tuple[Path, list[dic
     for row, its in zip(tiny.rows(tmp_path), tiny.rows(folder / name), strict=True):
         assert its.keys() == row.keys()
         for key, value in row.items():
-            assert its[key] == (value if value is None or isinstance(value, str) else pytest.approx(value, rel=1e-3, abs=1e-4)), key
+            assert its[key] == (
+                value if value is None or isinstance(value, str) else pytest.approx(value, rel=1e-3, abs=1e-4)
+            ), key
 
 
 def test_two_processes_draw_and_score_what_one_does(both: tuple[Path, list[dict[str, Any]]], tmp_path: Path) -> None:
