@@ -55,7 +55,8 @@ from rebel.types import Completion, Prompt, Rollout, Scored, TokenTrace
 
 ROOT = Path(__file__).resolve().parents[1]
 ROUNDS: dict[str, Any] = {
-    **{"rounds": 2, "round_prompts": 10, "epochs": 2, "shard_prompts": 4, "iterations": None, "kl_per_iteration": None},
+    **{"rounds": 2, "round_prompts": 10, "round_epochs": 2, "shard_prompts": 4},
+    **{"iterations": None, "kl_per_iteration": None},
     **{"prompts_per_iteration": 4, "steps_per_iteration": 2, "eval_steps": 4, "save_steps": 2},
     "save_total_limit": None,
 }
@@ -432,7 +433,8 @@ def test_anchors_are_those_of_the_policy_at_the_beginning_of_the_round(run: Any,
 
 
 def test_only_what_is_compared_is_regressed_best_against_worst(tmp_path: Path) -> None:
-    made = tiny.trained(tmp_path, **ROUNDS | {"pairing": "extremes", "rounds": 1, "epochs": 1, "num_generations": 5})
+    once = {"pairing": "extremes", "rounds": 1, "round_epochs": 1, "num_generations": 5}
+    made = tiny.trained(tmp_path, **ROUNDS | once)
     read = made.run.collector.read(0, 1)
     assert all(len(g.rollout.completions) == 5 for g in read.groups)
     for whole, pair in zip(read.groups, read.kept, strict=True):
@@ -677,7 +679,7 @@ def test_completions_from_a_file_go_the_same_way(
             "it holds the KL of iterations that begin at their own",
         ),
         (["train", "--rounds", "2", "--replace_flat_groups", "1"], "no others to draw in their place"),
-        (["train", "--epochs", "2", "--iterations", "3"], "is for large batches; give --rounds"),
+        (["train", "--round_epochs", "2", "--iterations", "3"], "is for large batches; give --rounds"),
         (["train", "--rounds", "0"], "use 1 or more"),
     ],
 )

@@ -149,7 +149,7 @@ class RebelConfig:
     """Draw the whole prompt set so many times: each round goes to disk, is scored, and then regressed in iterations."""
     round_prompts: int | None = None
     """Prompts of a round. Unset: all."""
-    epochs: int = 1
+    round_epochs: int = 1
     """Passes over the rollouts of a round, prompts_per_iteration at a time; num_iterations repeats each iteration."""
     from_rollouts: str | None = None
     """Regress the rollouts of this folder, which `rebel rollout` draws and `rebel score` scores, in one round."""
@@ -162,7 +162,7 @@ class RebelConfig:
     steps_per_iteration: int = 8
     """Optimiser steps per pass over the iteration's completions: as many minibatches of whole groups."""
     num_iterations: int | None = None
-    """Passes over the completions of one iteration. Unset: 4, and 1 offline. (TRL's default is 1.)"""
+    """Passes over the completions of one iteration. Unset: 4, and 1 offline or in rounds. (TRL's default is 1.)"""
     tokens_per_micro_batch: int = 8192
     """Tokens in one forward pass; sets the memory of training, never its result."""
     shared_prefix: bool = True
@@ -274,7 +274,8 @@ class RebelConfig:
     @property
     def passes(self) -> int:
         """num_iterations, or what it is unset."""
-        return (1 if self.offline else 4) if self.num_iterations is None else self.num_iterations
+        once = self.offline or self.rounds is not None or self.from_rollouts is not None
+        return (1 if once else 4) if self.num_iterations is None else self.num_iterations
 
     @property
     def best_metric(self) -> str:

@@ -40,7 +40,7 @@ def round_size(config: RebelConfig, training: Sequence[Prompt]) -> int:
 
 def iterations_of_rounds(config: RebelConfig, size: int) -> int:
     """Iterations of the whole run: each round of `size` prompts takes the same number."""
-    return (config.rounds or 1) * config.epochs * math.ceil(size / config.prompts_per_iteration)
+    return (config.rounds or 1) * config.round_epochs * math.ceil(size / config.prompts_per_iteration)
 
 
 def build_rounds(
@@ -63,7 +63,7 @@ def build_rounds(
         pairing=pairing,
         seed=config.seed,
         say=say,
-        laps=config.epochs,
+        laps=config.round_epochs,
         given=given,
         manifest=about,
     )
@@ -121,7 +121,7 @@ def whose(config: RebelConfig, rollouts: Rollouts, policy: CausalLM) -> list[str
 
 def in_words(config: RebelConfig, size: int) -> str:
     """The line of the plan about rounds."""
-    count, laps = config.rounds or 1, config.epochs
+    count, laps = config.rounds or 1, config.round_epochs
     drawn = "read from disk" if config.from_rollouts else f"{size * config.num_generations:,} samples drawn first"
     each = math.ceil(size / config.prompts_per_iteration)
     return (

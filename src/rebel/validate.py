@@ -28,7 +28,7 @@ AT_LEAST = {
     "tokens_per_micro_batch": 1,
     "rounds": 1,
     "round_prompts": 1,
-    "epochs": 1,
+    "round_epochs": 1,
     "shard_prompts": 1,
     "iterations": 1,
     "seed": 0,
@@ -220,7 +220,11 @@ def _length(config: RebelConfig) -> Complaints:
         yield from _large_batch(config)
     elif config.max_steps != -1 and config.max_steps < 1:
         yield f"{_said(config, 'max_steps')}: use 1 or more optimiser steps (-1: not given)"
-        return
+    else:
+        yield from _duration(config)
+
+
+def _duration(config: RebelConfig) -> Complaints:
     given = [
         name for name in ("iterations", "max_steps", "num_train_epochs") if getattr(config, name) not in (None, -1)
     ]
@@ -237,9 +241,9 @@ def _large_batch(config: RebelConfig) -> Complaints:
     way = "from_rollouts" if config.rounds is None else "rounds"
     if (config.rounds or 1) > 1 and config.from_rollouts:
         yield f"{_said(config, 'rounds', 'from_rollouts')}: rollouts drawn before are one round; use --rounds 1"
-    for name, neutral in (("iterations", None), ("max_steps", -1)):
+    for name, neutral in (("iterations", None), ("max_steps", -1), ("num_train_epochs", None)):
         if getattr(config, name) != neutral:
-            yield f"{_said(config, name, way)}: the rollouts and --epochs say how long to train; leave --{name} out"
+            yield f"{_said(config, name, way)}: the rollouts and --round_epochs say how long to train; leave it out"
     if config.replace_flat_groups:
         yield (
             f"{_said(config, 'replace_flat_groups', way)}: all prompts are drawn from before any is regressed, so "
@@ -254,7 +258,7 @@ def _large_batch(config: RebelConfig) -> Complaints:
 
 def _no_large_batch(config: RebelConfig) -> Complaints:
     if config.rounds is None and not config.from_rollouts:
-        for name, neutral in (("round_prompts", None), ("epochs", 1)):
+        for name, neutral in (("round_prompts", None), ("round_epochs", 1)):
             if getattr(config, name) != neutral:
                 yield f"{_said(config, name)} is for large batches; give --rounds with it"
 
