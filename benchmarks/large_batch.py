@@ -154,7 +154,7 @@ def uninterrupted(size: int, texts: list[str], folder: Path) -> dict[str, Any]:
 
 def measured(stage: dict[str, Any], size: int) -> dict[str, Any]:
     """Peak, growth while at work (least squares over that time, for each thousand prompts) and a thinned curve."""
-    curve = numpy.array(stage["curve"])
+    curve = numpy.array([row for row in stage["curve"] if row[1] > 0])  # a process that has just ended has no memory
     work = curve[curve[:, 0] >= stage["at_work"]]
     lasted = float(work[-1, 0] - work[0, 0])
     growth = float(numpy.polyfit(work[:, 0], work[:, 1], 1)[0]) * lasted / (size / 1000)
@@ -201,8 +201,10 @@ def chart(found: dict[int, dict[str, Any]], path: Path) -> None:
         for size, parts in found.items():
             curve = numpy.array(parts[name]["curve"])
             axis.plot(curve[:, 0], curve[:, 1], label=f"{size:,} prompts")
-        axis.set(title=name, xlabel="seconds", ylim=(0, None))
-    axes[0].set_ylabel("resident memory, MiB")
+        axis.set(title=name, xlabel="seconds")
+    axes[0].set(
+        ylabel="resident memory, MiB", ylim=(0, 1.1 * max(s["peak_mib"] for p in found.values() for s in p.values()))
+    )
     axes[-1].legend(frameon=False, loc="lower right")
     figure.tight_layout()
     figure.savefig(path, dpi=110)

@@ -51,6 +51,7 @@ from rebel.rollouts import (
 from rebel.rounds import Crew, Rounds, compared, draw, score
 from rebel.samplers.generate import Generate
 from rebel.shards import Shards, digest
+from rebel.trainer import RebelTrainer
 from rebel.types import Completion, Prompt, Rollout, Scored, TokenTrace
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -739,3 +740,23 @@ def test_killed_while_drawing_and_while_scoring_real_rollouts_go_on_to_the_same_
     assert 2 <= killed(["score", str(two), *scoring], two / "rewards", 2) < count
     assert "prompts are done already" in rebel(capsys, "score", two, *scoring)
     assert bytes_of(one) == bytes_of(two)
+
+
+def test_the_trainer_runs_in_rounds_and_from_rollouts(tmp_path: Path) -> None:
+    settings = {key: value for key, value in (tiny.SETTINGS | ROUNDS).items() if key not in ("rounds", "round_prompts")}
+    args = RebelConfig(**settings | {"rounds": 1, "epochs": 1, "output_dir": str(tmp_path / "one")})
+    rows = [
+        {"prompt": prompt.content, "row": k} for k, prompt in enumerate(tiny.prompts(*[1 + k % 7 for k in range(9)]))
+    ]
+
+    def trainer(args: RebelConfig, rows: list[dict[str, Any]] | None) -> RebelTrainer:
+        made = RebelTrainer(tiny.small(), evenness, args, rows, processing_class=tiny.tokenizer())
+        made.train()
+        return made
+
+    one = trainer(args, rows)
+    given = replace(args, output_dir=str(tmp_path / "two"), from_rollouts=str(tmp_path / "one" / "rounds" / "00000"))
+    two = trainer(given, None)
+    assert one.job.iterations == two.job.iterations == 3
+    assert all(torch.equal(a, b) for a, b in zip(one.model.parameters(), two.model.parameters(), strict=True))
+    assert any(not torch.equal(a, b) for a, b in zip(one.model.parameters(), tiny.small().parameters(), strict=True))
