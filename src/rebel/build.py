@@ -41,7 +41,7 @@ from rebel.fit import Regression
 from rebel.learner import Learner, learner
 from rebel.model_card import model_card
 from rebel.pairing import all_pairs, best_against_worst, random_pairs
-from rebel.plan import Memory, describe, estimate
+from rebel.plan import Memory, describe, estimate, iterations_of
 from rebel.policies.causal_lm import CausalLM, LanguageModel, causal_lm, frozen_copy, initial_adapter, without_adapter
 from rebel.record import Recorder
 from rebel.recorded import Groups
@@ -286,15 +286,6 @@ def build_run(config: RebelConfig, learner: Learner, reference: LogProb | None, 
     )
 
 
-def iterations_of(config: RebelConfig, count: int) -> int:
-    """Iterations of the run over `count` prompts, from --iterations, --num_train_epochs or --max_steps."""
-    if config.iterations is not None:
-        return config.iterations
-    if config.num_train_epochs is not None:
-        return math.ceil(config.num_train_epochs * count / config.prompts_per_iteration)
-    return math.ceil(config.max_steps / (config.steps_per_iteration * config.passes))
-
-
 @dataclass
 class Job:
     """A run with what keeps its record: ready to be carried out."""
@@ -346,17 +337,17 @@ def build_job(
 
 @dataclass(frozen=True, slots=True)
 class Material:
-    """What a run is trained and evaluated on, in tokens that fit; `dropped` did not."""
+    """What a run is trained and evaluated on, prompts or groups, in tokens that fit; `dropped` did not."""
 
     training: Sequence[Prompt] | Groups
-    held_out: Sequence[Prompt] | Groups
+    held_out: Any
     dropped: int = 0
 
     def parts(self, config: RebelConfig, learner: Learner, reward: Weighted | None, say: Callable) -> Parts:
         """The parts that take their groups from it."""
         if isinstance(self.training, Groups):
-            held_out = self.held_out if isinstance(self.held_out, Groups) else None
-            return offline_parts(self.training, held_out, learner, config, PAIRINGS[config.pairing], reward, say)
+            pairing = PAIRINGS[config.pairing]
+            return offline_parts(self.training, self.held_out or None, learner, config, pairing, reward, say)
         assert reward is not None, "what is drawn has to be scored"
         reward.check(self.training)
         return online_parts(config, learner, reward, (self.training, self.held_out))
@@ -370,11 +361,15 @@ class Material:
 
 def encoded(data: Data, policy: CausalLM, config: RebelConfig) -> Material:
     """The prompts, or the groups of the rows, that fit into the lengths."""
-    if isinstance(data[0], Rows):
-        held_out = build_groups(data[1], policy, config) if isinstance(data[1], Rows) else ()
-        return Material(build_groups(data[0], policy, config), held_out, data[0].shared)
-    training, dropped = fitting(data[0], policy, config)
-    return Material(training, fitting(data[1], policy, config)[0] if data[1] else [], dropped)
+    training, held_out = data
+    if isinstance(training, Rows):
+        groups = build_groups(training, policy, config)
+        return Material(
+            groups, build_groups(held_out, policy, config) if isinstance(held_out, Rows) else (), training.shared
+        )
+    kept, dropped = fitting(training, policy, config)
+    others: Any = held_out  # prompts too
+    return Material(kept, fitting(others, policy, config)[0] if others else [], dropped)
 
 
 def reference_is_copy(reference: LogProb | None, policy: CausalLM, config: RebelConfig) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from rebel.config import RebelConfig
@@ -79,6 +80,15 @@ def last_lines(config: RebelConfig, world: int, memory: Memory) -> list[str]:
         "(no effect on the result)",
         f"memory       about {memory.total / GIB:.2f} GiB a process: " + breakdown(memory),
     ]
+
+
+def iterations_of(config: RebelConfig, count: int) -> int:
+    """Iterations of the run over `count` prompts, from --iterations, --num_train_epochs or --max_steps."""
+    if config.iterations is not None:
+        return config.iterations
+    if config.num_train_epochs is not None:
+        return math.ceil(config.num_train_epochs * count / config.prompts_per_iteration)
+    return math.ceil(config.max_steps / (config.steps_per_iteration * config.passes))
 
 
 def step_in_words(config: RebelConfig) -> str:

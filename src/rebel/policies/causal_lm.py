@@ -207,9 +207,9 @@ class CausalLM:
     def ended(self, ids: Sequence[int]) -> list[int]:
         """The ids with one end of sequence: what a template has behind it is cut off, a missing one is added."""
         last = max((k for k, i in enumerate(ids) if i in self.eos_ids), default=None)
-        if last is not None and not self.tokenizer.decode(ids[last + 1 :], skip_special_tokens=True).strip():
+        if last is not None and not str(self.tokenizer.decode(list(ids[last + 1 :]), skip_special_tokens=True)).strip():
             return list(ids[: last + 1])
-        end = self.tokenizer.eos_token_id
+        end: Any = self.tokenizer.eos_token_id
         return [*ids, min(self.eos_ids) if end is None else end]
 
     def completion(self, prompt: Prompt, prompt_ids: Sequence[int], ids: Sequence[int]) -> Completion[TokenTrace]:
