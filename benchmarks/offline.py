@@ -31,7 +31,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import cache
 from io import StringIO
 from pathlib import Path
-from statistics import median
+from statistics import fmean, median, stdev
 from tempfile import TemporaryDirectory
 from typing import Any
 

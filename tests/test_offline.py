@@ -29,6 +29,7 @@ from rebel.offline import accuracy
 from rebel.pairing import all_pairs
 from rebel.policies.causal_lm import causal_lm
 from rebel.recorded import Groups
+from rebel.report import write_report
 from rebel.stepsize import REACH, GivenEta
 from rebel.types import DATA, Completion, Prompt, Rollout, Scored, TokenTrace
 from rebel.validate import validate
@@ -532,3 +533,15 @@ def test_the_batch_arguments_of_trl_are_rows_a_step() -> None:
     assert ours.per_device_train_batch_size is None
     with pytest.raises(RebelError, match="--steps_per_generation with --offline"):
         translate_batch(RebelConfig(offline=True, steps_per_generation=2), world_size=1)
+
+
+def test_an_adapter_has_anchors_of_its_own_and_the_report_shows_the_order_of_pairs(tmp_path: Path) -> None:
+    made = trainer(tmp_path, use_peft=True, lora_r=2, learning_rate=3e-2, num_train_epochs=4.0)
+    assert {"weights", "architecture"} <= made.job.recordings[0].file.key.keys()
+    plain = trainer(tmp_path / "plain").job.recordings[0].file
+    assert plain.path.name != made.job.recordings[0].file.path.name
+    made.train()
+    page = write_report(tmp_path).read_text()
+    for words in ("Held-out pairs in order", "Order of held-out pairs", "Recorded completions"):
+        assert words in page
+    assert "Completions drawn" not in page

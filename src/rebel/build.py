@@ -321,10 +321,10 @@ def build_terminal(config: RebelConfig, iterations: int, main: bool) -> Terminal
 
 @dataclass(frozen=True, slots=True)
 class Material:
-    """What a run is trained and evaluated on, in tokens that fit; `dropped` did not."""
+    """What a run is trained and evaluated on, prompts or groups, in tokens that fit; `dropped` did not."""
 
     training: Sequence[Prompt] | Groups
-    held_out: Sequence[Prompt] | Groups
+    held_out: Any
     dropped: int = 0
     notes: tuple[str, ...] = ()
 
