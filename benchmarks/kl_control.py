@@ -20,7 +20,7 @@ import story
 import torch
 from ours import Settings, job
 
-from rebel.build import Job
+from rebel.build.job import Job
 from rebel.checkpoint import Progress
 from rebel.data import seed_of
 from rebel.job import prepare

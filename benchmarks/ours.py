@@ -20,7 +20,9 @@ import torch
 from transformers.utils import logging
 
 from rebel import RebelConfig
-from rebel.build import Job, build_job, build_model, build_reward, build_tokenizer
+from rebel.build.job import Job, build_job
+from rebel.build.model import build_model, build_tokenizer
+from rebel.build.rewards import build_reward
 from rebel.checkpoint import Progress
 from rebel.train import iterate
 from rebel.types import Prompt

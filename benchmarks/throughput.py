@@ -94,7 +94,9 @@ def reward(completions: Sequence[str], **columns: Any) -> list[float]:
 def run_rebel(work: Work, model: str, prompts: list[str], folder: str) -> list[float]:
     """Seconds of each iteration."""
     from rebel import RebelConfig
-    from rebel.build import build_job, build_model, build_reward, build_tokenizer
+    from rebel.build.job import build_job
+    from rebel.build.model import build_model, build_tokenizer
+    from rebel.build.rewards import build_reward
     from rebel.checkpoint import Progress
     from rebel.train import iterate
     from rebel.types import Prompt

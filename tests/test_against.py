@@ -15,10 +15,10 @@ from datasets import Dataset
 
 from rebel import RebelConfig, RebelTrainer
 from rebel.against import duel, judged, paired, references
+from rebel.build.evaluation import DrawnOnce, initial_policy
 from rebel.cli import main
 from rebel.errors import RebelError, RunStopped
 from rebel.evaluators import on_main
-from rebel.judging import DrawnOnce, initial_policy
 from rebel.report import write_report
 from rebel.report.versus import lines_of, show, write_page
 from rebel.rewards.contest import HigherReward

@@ -14,7 +14,7 @@ from tiny import BOS, CONFIGS, EOS, PAD, SCALED, VOCABULARY
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedConfig
 
-from rebel.build import build_policy
+from rebel.build.model import build_policy
 from rebel.config import RebelConfig
 from rebel.errors import RebelError
 from rebel.policies import causal_lm as module

@@ -12,7 +12,7 @@ import pytest
 import tiny
 from datasets import Dataset, DatasetDict
 
-from rebel.build import build_prompts, fitting
+from rebel.build.prompts import build_prompts, fitting
 from rebel.config import RebelConfig
 from rebel.data import PromptStream, load_prompts, prompts_of, seed_of, shuffled, that_fit
 from rebel.errors import RebelError

@@ -13,7 +13,7 @@ from test_causal_lm import with_lora
 from tiny import CONFIGS, EOS
 from transformers import LlamaConfig
 
-from rebel.build import build_policy
+from rebel.build.model import build_policy
 from rebel.config import RebelConfig
 from rebel.policies.causal_lm import CausalLM, causal_lm
 from rebel.samplers.generate import Generate

@@ -19,19 +19,17 @@ ORDER = """
     types errors
     pairing algorithm margins
     stepsize data winrates iterates evaluate report rewards policies samplers micro_batches learner
-    shards rollouts
-    against measures way checkpoint collect evaluators fit rounds
-    preferences recorded anchors offline
+    against measures way checkpoint collect evaluators fit
     train
-    convert config from_trl settings validate model_card plan trackers signals loading record large_batch
-    build_win_rates judging build_online build_offline build job drawn_elsewhere rollout_job
+    offline rounds
+    convert config from_trl settings validate model_card plan trackers signals loading record
+    build job rollout_job
     stages versus trainer tasks doctor cli __main__
 """
 """Modules and packages from the inside to the outside: each may import those before it, and no other."""
 
 SEE_CONFIG = """
-    from_trl settings validate model_card plan trackers record large_batch build_win_rates judging build_online
-    build_offline build job rollout_job versus trainer tasks
+    from_trl settings validate model_card plan trackers record build job rollout_job versus trainer tasks
 """
 """What is about settings, or puts a run together from them. The method, its parts and the loop are not."""
 
@@ -47,20 +45,14 @@ FOREIGN = {
     "evaluate": PURE,
     "measures": PURE,
     "way": set(),
-    "preferences": PURE | {"trl"},
-    "recorded": {"torch"},
-    "anchors": PURE | {"safetensors"},
-    "offline": PURE | {"accelerate"},
+    "offline": PURE | {"accelerate", "datasets", "safetensors", "trl"},
     "fit": PURE,
     "train": set(),
-    "shards": {"pyarrow"},
-    "rollouts": PURE | {"pyarrow"},
     "collect": {"accelerate", "torch"},
     "evaluators": {"accelerate"},
     "winrates": {"numpy", "scipy"},
     "against": set(),
-    "rounds": {"accelerate", "numpy", "torch"},
-    "drawn_elsewhere": {"datasets"},
+    "rounds": PURE | {"accelerate", "datasets", "numpy", "pyarrow"},
     "signals": set(),
     "learner": PURE | {"accelerate"},
     "checkpoint": {"torch", "numpy", "safetensors"},

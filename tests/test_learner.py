@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from rebel.algorithm import Weigh, collate, rebel_loss, regress, regression_batch, trace_weights
-from rebel.build import build_accelerator
+from rebel.build.model import build_accelerator
 from rebel.config import RebelConfig
 from rebel.errors import RunStopped
 from rebel.learner import Learner, learner

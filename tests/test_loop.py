@@ -22,7 +22,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 from rebel import checkpoint, fit, job
-from rebel.build import Job
+from rebel.build.job import Job
 from rebel.cli import main
 from rebel.errors import RebelError, RunStopped
 from rebel.evaluate import length

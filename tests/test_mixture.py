@@ -12,7 +12,7 @@ import tiny
 import torch
 from safetensors.torch import load_file
 
-from rebel.build import build_reward
+from rebel.build.rewards import build_reward
 from rebel.cli import main
 from rebel.config import RebelConfig
 from rebel.errors import RebelError

@@ -17,18 +17,18 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from rebel import RebelConfig, RebelTrainer, job
-from rebel.anchors import AnchorFile, hash_of_weights
-from rebel.build_offline import apart, build_groups, rows_of
+from rebel.build.offline import apart, build_groups, rows_of
 from rebel.cli import main
 from rebel.data import laps
 from rebel.errors import RebelError
 from rebel.fit import Regression, fit, split
 from rebel.from_trl import translate_batch
 from rebel.learner import Learner, learner
-from rebel.offline import accuracy
+from rebel.offline.anchors import AnchorFile, hash_of_weights
+from rebel.offline.collector import accuracy
+from rebel.offline.recorded import Groups
 from rebel.pairing import all_pairs
 from rebel.policies.causal_lm import causal_lm
-from rebel.recorded import Groups
 from rebel.report import write_report
 from rebel.stepsize import REACH, GivenEta
 from rebel.types import DATA, Completion, Prompt, Rollout, Scored, TokenTrace
@@ -385,7 +385,7 @@ def test_anchors_are_computed_once_and_shared_by_runs_with_the_same_to_compute(
     def computed(*args: Any) -> Any:
         raise AssertionError("they are on disk")
 
-    monkeypatch.setattr("rebel.offline.Recordings.new_anchors", computed)
+    monkeypatch.setattr("rebel.offline.collector.Recordings.new_anchors", computed)
     trainer(tmp_path / "b", learning_rate=1e-4, **cache).train()
     assert anchor_files(tmp_path) == before
 
@@ -537,9 +537,9 @@ def test_the_batch_arguments_of_trl_are_rows_a_step() -> None:
 
 def test_an_adapter_has_anchors_of_its_own_and_the_report_shows_the_order_of_pairs(tmp_path: Path) -> None:
     made = trainer(tmp_path, use_peft=True, lora_r=2, learning_rate=3e-2, num_train_epochs=4.0)
-    assert {"weights", "architecture"} <= made.job.recordings[0].file.key.keys()
-    plain = trainer(tmp_path / "plain").job.recordings[0].file
-    assert plain.path.name != made.job.recordings[0].file.path.name
+    assert {"weights", "architecture"} <= made.job.parts.recordings[0].file.key.keys()
+    plain = trainer(tmp_path / "plain").job.parts.recordings[0].file
+    assert plain.path.name != made.job.parts.recordings[0].file.path.name
     made.train()
     page = write_report(tmp_path).read_text()
     for words in ("Held-out pairs in order", "Order of held-out pairs", "Recorded completions"):

@@ -13,7 +13,7 @@ from conftest import DATA
 from rebel.config import RebelConfig
 from rebel.errors import RebelError
 from rebel.margins import CLIP
-from rebel.preferences import ALONE, NO_VOTES, SAME, TURNS, Reading, Recorded, format_of, read, reading_of
+from rebel.offline.preferences import ALONE, NO_VOTES, SAME, TURNS, Reading, Recorded, format_of, read, reading_of
 
 PAIRS = Reading("preferences")
 Q = {"role": "user", "content": "why?"}

@@ -27,15 +27,16 @@ from test_loop import StopAt, assert_same
 from tiny import evenness
 
 from rebel import checkpoint, job
+from rebel.build.rounds import description
 from rebel.cli import main
 from rebel.collect import Interrupted
 from rebel.config import RebelConfig
-from rebel.drawn_elsewhere import DrawnElsewhere
 from rebel.errors import RebelError, RunStopped
-from rebel.large_batch import description
 from rebel.pairing import best_against_worst
 from rebel.rewards.functions import PerCompletion
-from rebel.rollouts import (
+from rebel.rounds.collector import Crew, Rounds, compared, draw, score
+from rebel.rounds.elsewhere import DrawnElsewhere
+from rebel.rounds.rollouts import (
     Manifest,
     Rollouts,
     claim,
@@ -48,9 +49,8 @@ from rebel.rollouts import (
     scored_of,
     table_of,
 )
-from rebel.rounds import Crew, Rounds, compared, draw, score
+from rebel.rounds.shards import Shards, digest
 from rebel.samplers.generate import Generate
-from rebel.shards import Shards, digest
 from rebel.trainer import RebelTrainer
 from rebel.types import Completion, Prompt, Rollout, Scored, TokenTrace
 
@@ -165,7 +165,7 @@ def test_a_disk_that_takes_no_more_stops_the_run_with_what_there_is(
 ) -> None:
     shards, full = Shards(tmp_path), OSError(28, "No space left on device")
     shards.write(0, table_of([group()]), digest(""))
-    monkeypatch.setattr("rebel.shards.os.fsync", lambda handle: (_ for _ in ()).throw(full))
+    monkeypatch.setattr("rebel.rounds.shards.os.fsync", lambda handle: (_ for _ in ()).throw(full))
     with pytest.raises(RunStopped, match=r"00001\.arrow cannot be written: No space left on device"):
         shards.write(1, table_of([group()]), digest(""))
     assert [shards.state(k, digest("")) for k in (0, 1)] == ["whole", "half-written"]

@@ -25,7 +25,7 @@ from transformers import (
     Qwen3Config,
 )
 
-from rebel.build import Job, build_job
+from rebel.build.job import Job, build_job
 from rebel.config import RebelConfig
 from rebel.job import carry_out
 from rebel.policies.causal_lm import CausalLM, causal_lm

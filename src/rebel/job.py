@@ -11,16 +11,18 @@ import datasets
 import transformers
 from torch import Tensor
 
-from rebel.build import Data, Job, build_job, build_model, build_prompts, build_tokenizer, reward_if_any
-from rebel.build_offline import Rows, build_rows
-from rebel.build_win_rates import ANSWERS, JUDGED
+from rebel.build.job import Data, Job, build_job
+from rebel.build.model import build_model, build_tokenizer
+from rebel.build.offline import Rows, build_rows
+from rebel.build.prompts import build_prompts
+from rebel.build.rewards import ANSWERS, JUDGED, reward_if_any
+from rebel.build.rounds import stored
 from rebel.checkpoint import Progress, all_checkpoints, load
 from rebel.config import RebelConfig
 from rebel.errors import RebelError, RunStopped
 from rebel.evaluate import text as text_of
 from rebel.iterates import FOLDER as ITERATES
 from rebel.iterates import Iterates
-from rebel.large_batch import stored
 from rebel.loading import load_policy
 from rebel.record import (
     BEST,
@@ -36,7 +38,7 @@ from rebel.record import (
 )
 from rebel.report import write_report
 from rebel.rewards.functions import Notes, RewardFailed
-from rebel.rollouts import Prompts
+from rebel.rounds.rollouts import Prompts
 from rebel.samplers.generate import Generate
 from rebel.samplers.mixture import Mixture
 from rebel.settings import read_yaml, resolve

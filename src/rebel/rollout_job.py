@@ -14,27 +14,22 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 from datasets import Dataset
 
-from rebel.build import (
-    build_accelerator,
-    build_model,
-    build_policy,
-    build_prompts,
-    build_reward,
-    build_tokenizer,
-    fitting,
-)
-from rebel.build_online import build_sampler
+from rebel.build.model import build_accelerator, build_model, build_policy, build_tokenizer
+from rebel.build.online import build_sampler
+from rebel.build.prompts import build_prompts, fitting
+from rebel.build.rewards import build_reward
+from rebel.build.rounds import description, of_tokenizer, round_size
 from rebel.collect import Interrupted
 from rebel.config import RebelConfig
 from rebel.data import PromptStream, load_rows
-from rebel.drawn_elsewhere import DrawnElsewhere
 from rebel.errors import RebelError, RunStopped
 from rebel.job import quiet
-from rebel.large_batch import description, of_tokenizer, round_size
 from rebel.report import Terminal
 from rebel.report.words import duration
 from rebel.rewards.functions import Notes
-from rebel.rollouts import (
+from rebel.rounds.collector import Crew, by_shard, check_whole, draw, score
+from rebel.rounds.elsewhere import DrawnElsewhere
+from rebel.rounds.rollouts import (
     Manifest,
     Rollouts,
     as_json,
@@ -45,8 +40,7 @@ from rebel.rollouts import (
     table_of,
     write_json,
 )
-from rebel.rounds import Crew, by_shard, check_whole, draw, score
-from rebel.shards import DIGITS
+from rebel.rounds.shards import DIGITS
 from rebel.signals import heeding_signals
 from rebel.types import Prompt
 

@@ -13,18 +13,20 @@ from datasets import Dataset
 from peft import PeftConfig, PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
-from rebel.build import Data, build_job, build_model, build_tokenizer, reward_if_any, with_adapter
-from rebel.build_offline import RowsIn, first_rows, rows_of
+from rebel.build.job import Data, build_job
+from rebel.build.model import build_model, build_tokenizer, with_adapter
+from rebel.build.offline import RowsIn, first_rows, rows_of
+from rebel.build.rewards import reward_if_any
+from rebel.build.rounds import stored
 from rebel.checkpoint import Progress
 from rebel.config import RebelConfig
 from rebel.data import prompts_of
 from rebel.errors import RebelError
 from rebel.from_trl import translate_batch
 from rebel.job import carry_out, push
-from rebel.large_batch import stored
 from rebel.policies.causal_lm import CausalLM, LanguageModel
 from rebel.record import checkpoint_to_resume, claim_folder
-from rebel.rollouts import Prompts
+from rebel.rounds.rollouts import Prompts
 from rebel.settings import resolve
 from rebel.train import evaluated
 from rebel.types import Prompt

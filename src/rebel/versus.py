@@ -10,8 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from rebel.against import Contents, duel, paired, references
-from rebel.build import build_accelerator, build_prompts, build_reward, fitting, memory_of_average
-from rebel.build_win_rates import build_judge
+from rebel.build.evaluation import tokens_in
+from rebel.build.learner import memory_of_average
+from rebel.build.model import build_accelerator
+from rebel.build.prompts import build_prompts, fitting
+from rebel.build.rewards import build_judge, build_reward
 from rebel.checkpoint import PREFIX
 from rebel.collect import Source, draw
 from rebel.config import RebelConfig
@@ -20,7 +23,6 @@ from rebel.errors import RebelError
 from rebel.evaluate import reward_metrics
 from rebel.iterates import Iterates
 from rebel.job import quiet, stored_iterates
-from rebel.judging import tokens_in
 from rebel.loading import load_policy
 from rebel.policies.causal_lm import CausalLM
 from rebel.record import BEST, SETTINGS

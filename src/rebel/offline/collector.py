@@ -17,13 +17,13 @@ from torch import Tensor
 
 from rebel import measures
 from rebel.algorithm import collate, explained, rebel_loss, regression_batch
-from rebel.anchors import AnchorFile
 from rebel.checkpoint import Progress
 from rebel.collect import Drawn, Watch, chunks, together
 from rebel.data import laps
 from rebel.evaluate import Evaluation, mean
 from rebel.learner import Learner
-from rebel.recorded import Groups
+from rebel.offline.anchors import AnchorFile
+from rebel.offline.recorded import Groups
 from rebel.rewards.groups import Scale, scaled, usable
 from rebel.stepsize import AutoEta, StepRule
 from rebel.types import LogProb, Pairing, Reward, Scored

@@ -14,17 +14,17 @@ from typing import Any
 from datasets import Dataset
 from peft import PeftModel
 
-from rebel.anchors import AnchorFile, hash_of_weights
-from rebel.build_online import Parts
+from rebel.build.online import Parts
 from rebel.config import RebelConfig
 from rebel.data import load_rows
 from rebel.errors import RebelError
 from rebel.learner import Learner
-from rebel.offline import ByPairs, EtaOfData, Offline, Recordings
+from rebel.offline.anchors import AnchorFile, hash_of_weights
+from rebel.offline.collector import ByPairs, EtaOfData, Offline, Recordings
+from rebel.offline.preferences import Reading, format_of, read, reading_of
+from rebel.offline.recorded import Groups, Tokens, groups_of
 from rebel.plan import Memory, last_lines, step_in_words
 from rebel.policies.causal_lm import CausalLM
-from rebel.preferences import Reading, format_of, read, reading_of
-from rebel.recorded import Groups, Tokens, groups_of
 from rebel.rewards.combine import Weighted
 from rebel.stepsize import AutoEta, GivenEta, StepRule
 from rebel.types import Pairing

@@ -27,7 +27,7 @@ from rebel.errors import RebelError, RunStopped
 from rebel.evaluate import length
 from rebel.learner import Learner
 from rebel.rewards.groups import kept, penalise_unfinished
-from rebel.rollouts import (
+from rebel.rounds.rollouts import (
     Manifest,
     Rollouts,
     claim,
@@ -39,7 +39,7 @@ from rebel.rollouts import (
     table_of,
     write_json,
 )
-from rebel.shards import Shards, State, digest
+from rebel.rounds.shards import Shards, State, digest
 from rebel.types import Pairing, Prompt, Reward, Rollout, Sampler, Scored
 
 DRAW_ROUND, ORDER_ROUND, SCORE_ROUND = range(3, 6)

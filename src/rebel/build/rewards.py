@@ -1,8 +1,8 @@
-"""Win rates as the settings ask for them: the judge, how it is asked, and whom evaluations compare with."""
+"""The reward as the settings ask for it: functions, models, and win rates with their judge."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ from rebel.rewards.combine import Weighted
 from rebel.rewards.contest import REWARD, HigherReward
 from rebel.rewards.functions import Notes
 from rebel.rewards.judge_load import Service, load_judge
-from rebel.rewards.load import load_reward
+from rebel.rewards.load import as_reward, load_reward
 from rebel.rewards.winrate import AgainstFirst, WinRate
 from rebel.types import Judge, Reward
 
@@ -48,3 +48,18 @@ def for_evaluation(reward: Reward, folder: Path) -> Reward:
         return reward
     parts = [AgainstFirst(r, folder / JUDGED) if isinstance(r, WinRate) else r for r in reward.rewards]
     return Weighted(parts, reward.weights, reward.scale)
+
+
+def build_reward(config: RebelConfig, notes: Notes, rewards: Sequence[Any] | None = None) -> Weighted:
+    """The weighted sum of the rewards of the settings, or of these objects, and of the win rate that a judge gives."""
+    given = config.reward_funcs if rewards is None else rewards
+    models = {"trust_remote_code": config.trust_remote_code, **({"device": "cpu"} if config.use_cpu else {})}
+    found = [as_reward(reward, notes, **models) for reward in given]
+    return Weighted([*found, *win_rates(config, notes, models)], config.reward_weights)
+
+
+def reward_if_any(config: RebelConfig, notes: Notes, rewards: Sequence[Any] | None = None) -> Weighted | None:
+    """The reward, or None where none is given and all is scored already: offline, or with rollouts drawn before."""
+    given = config.reward_funcs if rewards is None else rewards
+    scored = config.offline or config.from_rollouts
+    return None if scored and not given and not config.judge else build_reward(config, notes, rewards)

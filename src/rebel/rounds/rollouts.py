@@ -26,7 +26,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from rebel.errors import RebelError
-from rebel.shards import DIGITS, Shards, digest, sync
+from rebel.rounds.shards import DIGITS, Shards, digest, sync
 from rebel.types import Completion, Prompt, Rollout, Scored, TokenTrace
 
 MANIFEST = "manifest.json"

@@ -12,9 +12,9 @@ from rebel.config import RebelConfig
 from rebel.errors import RebelError
 from rebel.policies.causal_lm import CausalLM
 from rebel.record import ROUNDS
-from rebel.rollouts import Manifest, Prompts, Rollouts, as_json, of_prompts, of_weights, read_manifest
-from rebel.rounds import Rounds, Say, check_scored, check_whole
-from rebel.shards import digest
+from rebel.rounds.collector import Rounds, Say, check_scored, check_whole
+from rebel.rounds.rollouts import Manifest, Prompts, Rollouts, as_json, of_prompts, of_weights, read_manifest
+from rebel.rounds.shards import digest
 from rebel.types import Pairing, Prompt
 
 DECIDING = ("num_generations", "temperature", "max_completion_length", "sampling_batch", "chat_template_kwargs")

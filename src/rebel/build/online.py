@@ -9,20 +9,20 @@ from typing import Any
 
 from accelerate import Accelerator
 
-from rebel.build_win_rates import for_evaluation
+from rebel.build.evaluation import build_evaluator
+from rebel.build.rewards import for_evaluation
+from rebel.build.rounds import build_rounds, in_rounds, in_words
 from rebel.collect import Online, Source
 from rebel.config import RebelConfig
 from rebel.data import PromptStream
 from rebel.errors import RebelError
 from rebel.evaluators import ByReward
 from rebel.iterates import Iterates
-from rebel.judging import build_evaluator
-from rebel.large_batch import build_rounds, in_rounds, in_words
 from rebel.learner import Learner
-from rebel.offline import Recordings
+from rebel.offline.collector import Recordings
 from rebel.pairing import all_pairs, best_against_worst, random_pairs
 from rebel.policies.causal_lm import CausalLM
-from rebel.rounds import Say, unscored
+from rebel.rounds.collector import Say, unscored
 from rebel.samplers.generate import Generate
 from rebel.samplers.hybrid import FromColumns, Hybrid
 from rebel.samplers.mixture import Mixture

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from rebel.against import Contents, references, words
-from rebel.build_win_rates import build_judge
+from rebel.build.rewards import build_judge
 from rebel.collect import Source, draw
 from rebel.config import RebelConfig
 from rebel.errors import RunStopped

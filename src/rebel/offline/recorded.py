@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import torch
 
 from rebel.errors import RebelError
-from rebel.preferences import Reading, Recorded, Table, read
+from rebel.offline.preferences import Reading, Recorded, Table, read
 from rebel.types import DATA, Completion, Content, Prompt, Rollout, Scored, TokenTrace
 
 LONG_PROMPT, LONG = "prompts longer than fit", "completions longer than fit"

@@ -1,0 +1,1 @@
+"""Settings -> objects: the one part that knows every class."""

@@ -1,0 +1,53 @@
+"""The learner with its optimiser, schedule and average."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from transformers import (
+    Trainer,
+    TrainingArguments,
+    get_scheduler,
+)
+
+from rebel.config import RebelConfig
+from rebel.learner import Learner, learner
+from rebel.policies.causal_lm import CausalLM
+
+
+def memory_of_average(config: RebelConfig) -> float:
+    """Averaging pays where iterates come to rest, and lags behind where they keep moving."""
+    if config.average is None:
+        return 0.3 if config.beta and not config.mixture else 0.0
+    return config.average
+
+
+def build_learner(
+    accelerator: Accelerator, policy: CausalLM, config: RebelConfig, arguments: TrainingArguments, steps: int
+) -> Learner:
+    """The learner with the optimiser and schedule of these names."""
+
+    def optimizer(weights: list[Tensor]) -> torch.optim.Optimizer:
+        kind, settings = Trainer.get_optimizer_cls_and_kwargs(arguments)
+        return kind(weights, weight_decay=config.weight_decay, **settings)
+
+    warmup = config.warmup_steps
+    schedule = partial(
+        get_scheduler,
+        config.lr_scheduler_type,
+        num_warmup_steps=int(warmup if warmup >= 1 else warmup * steps),
+        num_training_steps=steps,
+        scheduler_specific_kwargs=config.lr_scheduler_kwargs or None,
+    )
+    return learner(
+        accelerator,
+        policy,
+        optimizer,
+        lambda optimizer: schedule(optimizer=optimizer),
+        budget=config.tokens_per_micro_batch,
+        max_grad_norm=config.max_grad_norm,
+        average=memory_of_average(config),
+    )
