@@ -125,6 +125,12 @@ def test_messages_go_through_the_template_and_end_with_its_end_of_sequence() -> 
     assert beyond == [*talk.tokenizer("w9 </s> w39").input_ids, tiny.EOS], "words behind an end are no end"
 
 
+def test_what_stands_behind_an_end_of_sequence_is_cut_off_only_where_it_says_nothing() -> None:
+    policy = causal_lm(tiny.small(), tiny.tokenizer())
+    assert policy.ended([8, 9, tiny.EOS, tiny.PAD]) == [8, 9, tiny.EOS] == policy.ended([8, 9])
+    assert policy.ended([8, tiny.EOS, 9]) == [8, tiny.EOS, 9, tiny.EOS]
+
+
 def test_a_template_that_writes_the_prompt_differently_before_an_answer_is_refused() -> None:
     row = {"prompt": [{"role": "user", "content": "w1"}]}
     row |= {side: [{"role": "assistant", "content": side}] for side in ("chosen", "rejected")}
