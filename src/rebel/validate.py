@@ -243,7 +243,7 @@ def _large_batch(config: RebelConfig) -> Complaints:
         yield f"{_said(config, 'rounds', 'from_rollouts')}: rollouts drawn before are one round; use --rounds 1"
     for name, neutral in (("iterations", None), ("max_steps", -1), ("num_train_epochs", None)):
         if getattr(config, name) != neutral:
-            yield f"{_said(config, name, way)}: the rollouts and --round_epochs say how long to train; leave it out"
+            yield f"{_said(config, name, way)}: rollouts and --round_epochs say how long to train; leave --{name} out"
     if config.replace_flat_groups:
         yield (
             f"{_said(config, 'replace_flat_groups', way)}: all prompts are drawn from before any is regressed, so "
