@@ -744,7 +744,7 @@ def test_killed_while_drawing_and_while_scoring_real_rollouts_go_on_to_the_same_
 
 def test_the_trainer_runs_in_rounds_and_from_rollouts(tmp_path: Path) -> None:
     settings = {key: value for key, value in (tiny.SETTINGS | ROUNDS).items() if key not in ("rounds", "round_prompts")}
-    args = RebelConfig(**settings | {"rounds": 1, "epochs": 1, "output_dir": str(tmp_path / "one")})
+    args = RebelConfig(**settings | {"rounds": 1, "round_epochs": 1, "output_dir": str(tmp_path / "one")})
     rows = [
         {"prompt": prompt.content, "row": k} for k, prompt in enumerate(tiny.prompts(*[1 + k % 7 for k in range(9)]))
     ]
