@@ -168,7 +168,7 @@ class CausalLM:
     def encode(self, prompt: Prompt) -> list[int]:
         """Token ids of a prompt: text as the tokenizer takes it, messages through the chat template."""
         if isinstance(prompt.content, str):
-            ids = self.tokenizer(prompt.content).input_ids
+            ids = self.tokenizer(prompt.content, verbose=False).input_ids
             return ids[:-1] if len(ids) > 1 and ids[-1] == self.tokenizer.eos_token_id else ids
         encoded: Any = self.tokenizer.apply_chat_template(
             prompt.content, add_generation_prompt=True, return_dict=True, **self.chat_template_kwargs
