@@ -41,7 +41,7 @@ class RebelTrainer:
     Datasets have a column `prompt`, text or chat messages; their other columns reach the reward functions by name.
     A reward function returns a number for each completion, or None where it does not apply.
 
-    With `offline=True` in the settings, or without any reward function, it takes the place of DPOTrainer: datasets
+    With `offline=True` in the settings, or without any reward or judge, it takes the place of DPOTrainer: datasets
     have `chosen` and `rejected`, or `completions` with rewards or comparisons, and nothing is drawn.
     """
 
@@ -58,7 +58,8 @@ class RebelTrainer:
     ) -> None:
         rewards = reward_list(reward_funcs)
         args = args or RebelConfig()
-        self.args = settings(replace(args, offline=args.offline or not rewards), model, peft_config)
+        recorded = not (rewards or args.judge or args.from_rollouts)
+        self.args = settings(replace(args, offline=args.offline or recorded), model, peft_config)
         self.processing_class = processing_class or build_tokenizer(self.args)
         self.job = build_job(
             self.args,
