@@ -142,7 +142,7 @@ def groups_of(rows: Table, numbers: Sequence[int], how: Reading, name: str, toke
     if not len(groups):
         reasons = "; ".join(f"{count:,} {reason}" for reason, count in groups.dropped.items() if count)
         raise RebelError(
-            f"none of the {len(numbers):,} rows of {name} can be used: {reasons or 'there are no rows'}. What is longer "
-            "than fits may need a larger --max_prompt_length or --max_completion_length"
+            f"none of the {len(numbers):,} rows of {name} can be used: {reasons or 'there are no rows'}. What is "
+            "longer than fits may need a larger --max_prompt_length or --max_completion_length"
         )
     return groups
