@@ -163,7 +163,12 @@ def compared(samples: Sequence[Row]) -> tuple[list[Pair], float | None, float | 
         for prompt in {**before, **after}
         for answers in zip_longest(before.get(prompt, []), after.get(prompt, []))
     ]
-    return pairs, iterations[0], iterations[-1] if after else None
+    return sorted(pairs, key=change_first), iterations[0], iterations[-1] if after else None
+
+
+def change_first(pair: Pair) -> float:
+    """Sorts pairs so that those whose reward changed most come first."""
+    return -abs(pair.change or 0.0)
 
 
 def _answers(samples: Sequence[Row], iteration: float) -> dict[str, list[Answer]]:

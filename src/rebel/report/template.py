@@ -24,12 +24,12 @@ sub { line-height: 0; font-size: .75em; }
 .made > div { overflow-wrap: anywhere; min-width: 0; }
 .made b { color: var(--ink); font-weight: 500; }
 .card { background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: 18px 20px; min-width: 0; }
-.tiles { display: grid; grid-template-columns: 2.1fr repeat(4, 1fr); gap: 1px; margin-top: 26px; padding: 0;
+.tiles { display: grid; grid-template-columns: 2.4fr repeat(4, 1fr); gap: 1px; margin-top: 26px; padding: 0;
   overflow: hidden; background: var(--line); }
 .tiles > div { background: var(--card); padding: 16px 18px; min-width: 0; }
 .tiles dt { color: var(--soft); font-size: 12.5px; line-height: 1.35; }
 .tiles dd { font-size: 23px; font-weight: 620; letter-spacing: -.015em; line-height: 1.3; margin: 4px 0 2px; }
-.tiles .lead { font-size: 27px; color: var(--s0); white-space: nowrap; }
+.tiles .lead { font-size: 24px; color: var(--s0); }
 .tiles .before { color: var(--soft); font-weight: 450; }
 .tiles .arrow { color: var(--soft); font-weight: 400; padding: 0 .2em; }
 .tiles .pm { font-size: .62em; font-weight: 450; }
@@ -199,7 +199,7 @@ PAGE = """\
 {% macro completions() %}
 {% if pairs %}
 <section>
-<h2>{{ 'The same prompts, before and after' if last is not none else 'Completions' }}</h2>
+<h2>{{ 'The same prompts, before and after: most changed first' if last is not none else 'Completions' }}</h2>
 {% for pair in pairs[:3] %}{{ compared(pair) }}{% endfor %}
 {% if pairs | length > 3 %}
 <details><summary>{{ pairs | length - 3 }} more</summary>
