@@ -56,7 +56,7 @@ def test_lessons_teach_the_answer_and_its_end() -> None:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The real thing with a third of its iterations."""
+    """The real thing with a sixth of its iterations."""
     folder = tmp_path_factory.mktemp("quickstart") / "run"
     quickstart(str(folder), seed=42, iterations=10)
     return folder
