@@ -339,7 +339,7 @@ def grid(sets: Sequence[str]) -> None:
             assert best is not None
             for seed in SEEDS:
                 once(best, seed)
-                if method == "rebel":
+                if method.startswith("rebel"):
                     once(replace(best, scale=1e6), seed)
 
 
@@ -381,8 +381,8 @@ def lines_of(data: str) -> Iterator[str]:
         f"{TRAINING // PAIRS_A_STEP} steps, {TEST} to measure on; seeds {', '.join(map(str, SEEDS))}.\n"
     )
     yield (
-        "| method | learning rate | eta or beta | accuracy | REBEL less this, paired | R² at best scale | "
-        "log-ratio better, worse | gradient norm: median, max, final |"
+        "| method | learning rate | eta or beta | accuracy | REBEL less this, paired | "
+        "R² at its own scale, at the best | log-ratio better, worse | gradient norm: median, max, final |"
     )
     yield "| --- | --- | --- | --- | --- | --- | --- | --- |"
     runs = dict(runs_of(data, rows))
@@ -410,11 +410,12 @@ def line(name: str, seeds: Sequence[dict[str, Any]], ours: Sequence[dict[str, An
     first = seeds[0]
     assert all(row["finite"] for row in seeds), "a gradient that is not finite ends a run"
     mean = {k: fmean(row[k] for row in seeds) for k in ("accuracy", "r2", "better", "worse")}
+    own = f"{fmean(row['r2_own'] for row in seeds):.3f}, " if "r2_own" in first else "–, "
     norms = [fmean(row[f"grad_norm_{which}"] for row in seeds) for which in ("median", "max", "final")]
     norms[1] = max(row["grad_norm_max"] for row in seeds)
     return (
         f"| {name} | {first['learning_rate']:g} | {first['scale']:g} | {with_error([r['accuracy'] for r in seeds])} | "
-        f"{paired([r['accuracy'] for r in seeds], ours)} | {mean['r2']:.3f} | {mean['better']:.1f}, "
+        f"{paired([r['accuracy'] for r in seeds], ours)} | {own}{mean['r2']:.3f} | {mean['better']:.1f}, "
         f"{mean['worse']:.1f} | {', '.join(f'{norm:,.0f}' for norm in norms)} |"
     )
 
@@ -425,7 +426,7 @@ def line_of_accuracy(name: str, values: Sequence[float], ours: Sequence[dict[str
 
 def with_error(values: Sequence[float]) -> str:
     """Mean over seeds with its standard error."""
-    return f"{fmean(values):.3f} ± {stdev(values) / len(values) ** 0.5:.3f}"
+    return f"{fmean(values):.4f} ± {stdev(values) / len(values) ** 0.5:.4f}"
 
 
 def paired(theirs: Sequence[float], ours: Sequence[dict[str, Any]] | None) -> str:
