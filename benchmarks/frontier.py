@@ -21,6 +21,7 @@ from matplotlib import pyplot as plt
 
 Row = Mapping[str, Any]
 Point = tuple[float, float]
+OFF = "#8c96a0"
 COLOURS = {"rebel": "#1763a6", "grpo": "#c2571a", "rloo": "#4d8f3a"}
 
 
@@ -43,12 +44,17 @@ def name(run: Row) -> str:
     return ", ".join(parts)
 
 
+def former(run: Row) -> bool:
+    """Whether it was made by a rule of eta: auto that was given up; such rows stay in the file for the notes."""
+    return str(run["settings"].get("eta", "")).startswith(("auto ", "auto,"))
+
+
 def grouped(task: str, prompts: int, beta: float) -> dict[str, list[Row]]:
     """Runs of one setting by name."""
     found: dict[str, list[Row]] = defaultdict(list)
     for run in story.read_runs():
         s = run["settings"]
-        if (run["task"], s["prompts"], s["beta"]) == (task, prompts, beta):
+        if (run["task"], s["prompts"], s["beta"]) == (task, prompts, beta) and not former(run):
             found[name(run)].append(run)
     return dict(sorted(found.items()))
 
@@ -131,7 +137,7 @@ def draw(task: str, prompts: int, beta: float, axes: Any) -> None:
         samples = sorted({p["samples"] for run in runs for p in run["curve"]})
         points = [(s, fmean(p["kl"] for p in at(runs, s)), fmean(p["reward"] for p in at(runs, s))) for s in samples]
         style = {
-            "color": COLOURS[runs[0]["method"]],
+            "color": OFF if runs[0]["settings"].get("eta") == 1e6 else COLOURS[runs[0]["method"]],
             "ls": ["-", "--", ":", "-."][number % 4],
             "marker": ".",
             "lw": 1.3,
@@ -154,6 +160,7 @@ def main() -> None:
         lines += [*table(task, prompts, beta, milestones), ""]
         lines += [] if beta else [*duel(task, prompts), ""]
         draw(task, prompts, beta, pair)
+    lines = [line.replace(" ± nan%", "").replace(" ± nan", "") for line in lines]  # of one seed
     figure.tight_layout()
     figure.savefig(story.RESULTS / "frontier.png", dpi=110)
     (story.RESULTS / "frontier.md").write_text("\n".join(lines))
