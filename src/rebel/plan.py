@@ -72,8 +72,8 @@ def describe(
         f"prompts      {prompts:,} to train on, {evaluated:,} to evaluate on{lost}",
         f"iteration    {config.prompts_per_iteration} prompts x {group} completions = {drawn:,} samples of at most "
         f"{config.max_completion_length} tokens",
-        f"regression   {steps} optimiser steps{passes}, about {per_step:g} prompt{'s' * (per_step != 1)} ({per_step * group:g} completions) "
-        f"each, {config.pairing} pairs",
+        f"regression   {steps} optimiser steps{passes}, about {per_step:g} prompt{'s' * (per_step != 1)} "
+        f"({per_step * group:g} completions) each, {config.pairing} pairs",
         f"step         {step_in_words(config)}",
         f"run          {iterations:,} iterations = {iterations * steps:,} optimiser steps, "
         f"{samples}{iterations * config.prompts_per_iteration / max(prompts, 1):.2f} passes over the prompts",
