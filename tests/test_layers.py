@@ -60,7 +60,7 @@ FOREIGN = {
     "iterates": {"torch", "safetensors"},
     "policies": PURE | {"transformers", "peft", "trl"},
     "samplers": PURE | {"transformers"},
-    "rewards": PURE | {"transformers", "trl", "openai"},
+    "rewards": PURE | {"transformers", "trl", "openai", "safetensors"},
     "report": {"rich", "jinja2", "markupsafe", "yaml"},
     "convert": {"yaml"},
     "config": set(),
