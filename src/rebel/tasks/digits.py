@@ -87,8 +87,7 @@ def svm_accuracy(images: Sequence[Image.Image], prompts: Sequence[str], **kwargs
 def careless_pipeline(recipe: Recipe, seed: int) -> DigitsPipeline:
     """A model that has learnt to draw digits, with labels of which half were shuffled."""
     data = written()
-    pictures = as_latents(data.ink.reshape(-1, SIDE, SIDE))
-    return taught(pictures, torch.as_tensor(data.digit), recipe, seed)
+    return taught(as_latents(data.ink), torch.as_tensor(data.digit), recipe, seed)
 
 
 def write_prompts(folder: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -168,6 +167,6 @@ def teach(
     denoiser.load_state_dict(average.module.state_dict())
 
 
-def as_latents(images: Sequence[Sequence[Sequence[float]]] | Any) -> Float[Tensor, "N 1 8 8"]:
-    """Scikit-learn's pictures, ink from 0 to 16, as pixels from -1 to 1."""
-    return torch.as_tensor(images, dtype=torch.float32)[:, None] / 8 - 1
+def as_latents(ink: Any) -> Float[Tensor, "N 1 8 8"]:
+    """Ink from 0 to 1 at 64 places as pixels from -1 to 1."""
+    return torch.as_tensor(ink, dtype=torch.float32).view(-1, 1, SIDE, SIDE) * 2 - 1
