@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from dataclasses import dataclass
 from typing import Any, cast
@@ -87,9 +88,12 @@ class DigitsPipeline(DiffusionPipeline):
         shape = (len(digits), 1, SIDE, SIDE)
         now = randn_tensor(shape, generator, self.device, self.denoiser.dtype) if latents is None else latents
         self.scheduler.set_timesteps(num_inference_steps, device=self.device)
+        options = {"eta": eta, "generator": generator}  # of those, as elsewhere in diffusers, what the scheduler takes
+        taken = inspect.signature(self.scheduler.step).parameters
+        more: Any = {name: value for name, value in options.items() if name in taken}
         for step in self.scheduler.timesteps:
             noise = self.denoiser(now, step.expand(len(digits)), told)
-            now = self.scheduler.step(noise, step, now, eta=eta, generator=generator, return_dict=False)[0]
+            now = self.scheduler.step(noise, step, now, return_dict=False, **more)[0]
         images: Any = now if output_type == "latent" else self.pictures(now)
         return ImagePipelineOutput(images) if return_dict else (images,)
 
