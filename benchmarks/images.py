@@ -66,8 +66,10 @@ def cells(name: str, values: Sequence[float]) -> list[dict[str, float]]:
     return [{"learning_rate": rate, name: value} for rate in RATES for value in values]
 
 
-PAIRS = {"num_generations": 2, "prompts_per_iteration": 64, "credit": "trajectory"}
-ALL = {"num_generations": 8, "prompts_per_iteration": 16}
+PAIRS = {"num_generations": 2, "prompts_per_iteration": 64, "credit": "trajectory", "scale_rewards": "batch"}
+ALL = {"num_generations": 8, "prompts_per_iteration": 16, "scale_rewards": "group"}
+"""Rewards are divided by their standard deviation in all forms, as PPO's are: that of the prompt's images; of the
+iteration's where a prompt has two, which would leave nothing but a sign."""
 FORMS = (
     Form("REBEL, pairs (the paper's)", PAIRS, cells("eta", ETAS), "#8fb8de"),
     Form("REBEL, pairs, same noise", PAIRS | {"same_noise": True}, cells("eta", ETAS), "#8fb8de", True),
@@ -77,7 +79,7 @@ FORMS = (
     Form("REBEL, per step, eta 1e6 (off)", ALL | {"credit": "step"}, cells("eta", [OFF]), "#8c96a0", True),
     Form(
         "PPO-clip (DDPO)",
-        ALL | {"algorithm": "ppo_clip", "credit": "trajectory", "eta": "auto"},
+        ALL | {"algorithm": "ppo_clip", "credit": "trajectory", "eta": "auto", "scale_rewards": "none"},
         cells("clip_range", CLIPS),
         "#c2571a",
     ),
@@ -97,7 +99,7 @@ def finish_one(work: Path, part: str, form: str, seed: int, changes: Mapping[str
     folder, began = work / f"run-{part}-{time.time_ns()}", time.perf_counter()
     start = base(work)
     given = {"pipeline_name_or_path": str(start / "initial"), "dataset_name": str(start / "prompts"), **changes}
-    run_training(validate(RebelConfig(**{**vars(settings(folder, seed)), "track_kl": False, **given})))
+    run_training(validate(RebelConfig(**{**vars(settings(folder, seed)), "track_kl": False, "beta": 0.0, **given})))
     curve = [evaluated(row) for row in read_rows(folder / METRICS) if row.get("eval/reward") is not None]
     row = {"part": part, "form": form, "seed": seed, "changes": dict(changes), "curve": curve}
     append_rows(ROWS, [{**row, "seconds": round(time.perf_counter() - began, 1), "commit": commit()}])
