@@ -17,7 +17,7 @@ ROOT = Path(rebel.__file__).parent
 
 ORDER = """
     types errors
-    pairing algorithm margins
+    pairing algorithm margins credit ppo_clip
     stepsize data winrates iterates evaluate report rewards policies samplers micro_batches learner
     against measures way checkpoint collect evaluators fit
     train
@@ -38,6 +38,8 @@ FOREIGN = {
     "types": PURE,
     "errors": set(),
     "pairing": PURE,
+    "credit": PURE,
+    "ppo_clip": PURE,
     "algorithm": PURE,
     "margins": PURE,
     "stepsize": set(),
@@ -58,7 +60,7 @@ FOREIGN = {
     "checkpoint": {"torch", "numpy", "safetensors"},
     "data": {"torch", "datasets"},
     "iterates": {"torch", "safetensors"},
-    "policies": PURE | {"transformers", "peft", "trl"},
+    "policies": PURE | {"transformers", "peft", "trl", "diffusers"},
     "samplers": PURE | {"transformers"},
     "rewards": PURE | {"transformers", "trl", "openai", "safetensors"},
     "report": {"rich", "jinja2", "markupsafe", "yaml"},
