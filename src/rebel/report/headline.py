@@ -174,8 +174,8 @@ def _phase_keys(row: Row) -> list[str]:
 
 
 def _speed(rows: Sequence[Row], phase: str) -> str:
-    speed = recent(rows, f"tokens_per_second_{phase}")
-    return f", {speed:,.0f} tokens/s" if speed is not None else ""
+    speeds = {unit: recent(rows, f"{unit}_per_second_{phase}") for unit in ("tokens", "images")}
+    return "".join(f", {number(speed)} {unit}/s" for unit, speed in speeds.items() if speed is not None)
 
 
 def _iterations(rows: Sequence[Row]) -> str:

@@ -7,6 +7,7 @@ small head beside it.
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -99,7 +100,7 @@ def clip_reward(
     notes: Notes | None = None,
     flag: str = "--reward_funcs",
     device: str | torch.device | None = None,
-    **settings: Any,
+    trust_remote_code: bool = False,
 ) -> PerCompletion | None:
     """The reward of NAME:SOURCE, or of NAME alone where its weights have a name on the hub; None for other names.
 
@@ -111,7 +112,7 @@ def clip_reward(
     source = source or SOURCES[name]
     if not source:
         raise RebelError(f"{flag} {name}: say where its weights are, {name}:SOURCE, {expected(name)}")
-    clip = load_clip(source, f"{flag} {spec}", name, torch.device(device or default_device()), settings)
+    clip = load_clip(source, f"{flag} {spec}", name, torch.device(device or default_device()), trust_remote_code)
     return PerCompletion(reward_of(name, clip, source, f"{flag} {spec}"), name, notes or Notes())
 
 
@@ -130,8 +131,10 @@ def expected(name: str) -> str:
     return f"{LAYOUT}; weights in open_clip's format have to be converted to it" if name == "hpsv2" else LAYOUT
 
 
-def load_clip(source: str, given: str, name: str, device: torch.device, settings: dict[str, Any]) -> Clip:
-    """A CLIP of transformers, its errors in one line. Raises RebelError where weights are missing."""
+@functools.cache
+def load_clip(source: str, given: str, name: str, device: torch.device, trust_remote_code: bool) -> Clip:
+    """A CLIP of transformers, loaded once, its errors in one line. Raises RebelError where weights are missing."""
+    settings: Any = {"trust_remote_code": True} if trust_remote_code else {}
     try:
         model, found = AutoModel.from_pretrained(source, output_loading_info=True, **settings)
         tokenizer = AutoTokenizer.from_pretrained(source, **settings)

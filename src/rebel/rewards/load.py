@@ -50,17 +50,17 @@ def as_reward(
     return PerCompletion(what, notes=notes or Notes())
 
 
-def load_reward(spec: str, notes: Notes | None = None, **model_settings: Any) -> Reward:
-    """The reward of that name. `model_settings` are those of RewardModel, should it be a model."""
-    if reward := clip_reward(spec, notes, **model_settings):
+def load_reward(spec: str, notes: Notes | None = None, flag: str = "--reward_funcs", **model_settings: Any) -> Reward:
+    """The reward of that name. `model_settings` are those of a model, should it be one; `flag` is what named it."""
+    if reward := clip_reward(spec, notes, flag, **model_settings):
         return reward
     folder = Path(spec).expanduser()
-    function = _named(spec) or (None if folder.is_dir() else function_of(spec))
+    function = _named(spec) or (None if folder.is_dir() else function_of(spec, flag))
     if function is not None:
         return PerCompletion(function, notes=notes or Notes())
     if folder.is_dir() or may_be_on_hub(spec):
         return RewardModel(folder if folder.is_dir() else spec, **model_settings)
-    raise RebelError(f"--reward_funcs {spec} is neither a function nor a model{_nearest(spec, _names())}; {KINDS}")
+    raise RebelError(f"{flag} {spec} is neither a function nor a model{_nearest(spec, _names())}; {KINDS}")
 
 
 def _names() -> list[str]:
