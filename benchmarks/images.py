@@ -12,6 +12,7 @@ processes share the work.
 from __future__ import annotations
 
 import argparse
+import functools
 import math
 import shutil
 import subprocess
@@ -66,6 +67,9 @@ def cells(name: str, values: Sequence[float]) -> list[dict[str, float]]:
     return [{"learning_rate": rate, name: value} for rate in RATES for value in values]
 
 
+COMMON: dict[str, Any] = {"beta": 0.0, "track_kl": False, "steps_per_iteration": 4, "num_iterations": 1}
+"""Four optimiser steps on each iteration's 128 images, whatever the form; what the quickstart does need not be this."""
+
 PAIRS = {"num_generations": 2, "prompts_per_iteration": 64, "credit": "trajectory", "scale_rewards": "batch"}
 ALL = {"num_generations": 8, "prompts_per_iteration": 16, "scale_rewards": "group"}
 """Rewards are divided by their standard deviation in all forms, as PPO's are: that of the prompt's images; of the
@@ -99,7 +103,7 @@ def finish_one(work: Path, part: str, form: str, seed: int, changes: Mapping[str
     folder, began = work / f"run-{part}-{time.time_ns()}", time.perf_counter()
     start = base(work)
     given = {"pipeline_name_or_path": str(start / "initial"), "dataset_name": str(start / "prompts"), **changes}
-    run_training(validate(RebelConfig(**{**vars(settings(folder, seed)), "track_kl": False, "beta": 0.0, **given})))
+    run_training(validate(RebelConfig(**{**vars(settings(folder, seed)), **COMMON, **given})))
     curve = [evaluated(row) for row in read_rows(folder / METRICS) if row.get("eval/reward") is not None]
     row = {"part": part, "form": form, "seed": seed, "changes": dict(changes), "curve": curve}
     append_rows(ROWS, [{**row, "seconds": round(time.perf_counter() - began, 1), "commit": commit()}])
@@ -118,7 +122,9 @@ def evaluated(row: Row) -> dict[str, Any]:
     }
 
 
+@functools.cache
 def commit() -> str:
+    """What this process runs, from its start."""
     done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
     return done.stdout.strip()
 
@@ -288,6 +294,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("images-work"), help="folder of the runs, and of the model")
     arguments = parser.parse_args()
     quiet()
+    commit()
     if arguments.what == "table":
         write_table()
     elif arguments.what == "jpeg":
