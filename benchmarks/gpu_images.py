@@ -206,7 +206,7 @@ def paths(policy: Diffusion, steps: int, count: int, shape: tuple[int, int, int]
 
 
 def replay_gap(pipeline: Any, pixels: int, batch: int) -> dict[str, float]:
-    """Largest |replayed - drawn| log p of a step in nats: the same batch, and parts of it in batches of another size."""
+    """Largest |replayed - drawn| log p of a step in nats: the same batch, and one image of it in other batches."""
     policy = policy_of(pipeline, TRAINED_STEPS, pixels, batch)
     rollouts = Denoise(policy, batch)([Prompt("a cat"), Prompt("a red house")], max(1, batch // 2), seed=3)
     traces = [trace for rollout in rollouts for trace in rollout.traces][:batch]

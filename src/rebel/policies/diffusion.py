@@ -211,6 +211,7 @@ def diffusion(
     options |= {} if guidance_scale is None else {"guidance_scale": guidance_scale}
     options |= {} if image_size is None else {"height": image_size, "width": image_size}
     check_options(pipeline, options, SETTINGS)
+    check_types(pipeline)
     freeze(pipeline)
     noise = noise_of(pipeline.scheduler, noise_level, noise_floor)
     return Diffusion(Scorer(pipeline, noise, options, batch))
@@ -227,6 +228,19 @@ def freeze(pipeline: DiffusionPipeline) -> None:
     for module in denoiser.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
+
+
+def check_types(pipeline: DiffusionPipeline) -> None:
+    """Raises RebelError where the denoiser and a text encoder have weights of different types: latents take theirs."""
+    denoiser = denoiser_of(pipeline)
+    for name, module in pipeline.components.items():
+        if name.startswith("text_encoder") and isinstance(module, nn.Module):
+            types = [next(m.parameters()).dtype for m in (denoiser[1], module)]
+            if types[0] != types[1]:
+                raise RebelError(
+                    f"the pipeline's {denoiser[0]} has weights of {types[0]} and its {name} of {types[1]}: load all of "
+                    "it with one --dtype"
+                )
 
 
 def denoiser_of(pipeline: DiffusionPipeline) -> tuple[str, Any]:
