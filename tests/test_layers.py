@@ -16,7 +16,7 @@ import rebel
 ROOT = Path(rebel.__file__).parent
 
 ORDER = """
-    types errors
+    types errors seeds
     pairing algorithm margins credit ppo_clip
     stepsize data winrates iterates evaluate report rewards policies samplers micro_batches learner
     against measures way checkpoint collect evaluators fit
@@ -37,6 +37,7 @@ PURE = {"jaxtyping", "torch"}
 FOREIGN = {
     "types": PURE,
     "errors": set(),
+    "seeds": set(),
     "pairing": PURE,
     "credit": PURE,
     "ppo_clip": PURE,

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from functools import cache
 from typing import Any
 
+import diffusers
 import torch
 from diffusers import (
     AutoencoderKL,
@@ -33,6 +34,7 @@ from transformers import (
     T5EncoderModel,
 )
 
+diffusers.utils.logging.set_verbosity_error()
 WIDTH = 32
 """Of the embeddings of a prompt."""
 

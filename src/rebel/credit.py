@@ -6,6 +6,8 @@ counts once, in one column, so that the c of a column is that of each of its seg
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from jaxtyping import Float
 from torch import Tensor
 
@@ -18,6 +20,19 @@ def trajectory(logp: Float[Tensor, "N S"]) -> Float[Tensor, " N"]:
 def step(logp: Float[Tensor, "N S"]) -> Float[Tensor, "N S"]:
     """Every step of a trajectory has a regression of its own onto the same margins; eta still is that of the whole."""
     return logp
+
+
+@dataclass(frozen=True, slots=True)
+class Known:
+    """Weights c of columns that are known before the log-probabilities are.
+
+    A policy may call it as any other; one for which log-probabilities cost a pass of their own reads it instead.
+    """
+
+    columns: Float[Tensor, "N *C"]
+
+    def __call__(self, logp: Float[Tensor, "N S"]) -> Float[Tensor, "N S"]:
+        return spread(self.columns.to(logp), logp.shape[1])
 
 
 def spread(weights: Float[Tensor, "N *C"], segments: int) -> Float[Tensor, "N S"]:

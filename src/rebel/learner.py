@@ -17,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from rebel.algorithm import Weigh
-from rebel.credit import spread, trajectory
+from rebel.credit import Known, spread, trajectory
 from rebel.errors import RunStopped
 from rebel.micro_batches import Piece, pieces_of, plan, share
 from rebel.types import Credit, LogProb, Policy
@@ -128,17 +128,21 @@ class Learner:
         """The backward pass of one micro-batch; `found` notes its log-probabilities. None: a filler, weight zero."""
         places = piece.traces if piece else (0,)
 
-        def weights(own: Float[Tensor, "n S"]) -> Float[Tensor, "n S"]:
-            if piece is None:
-                return torch.zeros_like(own)
-            columns = self.credit(own).to("cpu", torch.float64)
-            pull = weigh(piece.groups, columns) if piece.groups else torch.stack([given[i] for i in places])
-            # DDP takes the mean over processes, where the sum is meant
-            return spread((pull * self.accelerator.num_processes).to(own), own.shape[1])
+        world = self.accelerator.num_processes  # DDP takes the mean over processes, where the sum is meant
 
+        def weights(own: Float[Tensor, "n S"]) -> Float[Tensor, "n S"]:
+            assert piece is not None and piece.groups is not None, "others are known"
+            pull = weigh(piece.groups, self.credit(own).to("cpu", torch.float64))
+            return spread((pull * world).to(own), own.shape[1])
+
+        known = None if piece and piece.groups else Known(self.known(piece, given) * world)
         with self.accelerator.autocast():
-            own = self.policy.backward([traces[i] for i in places], weights, self.accelerator.backward)
+            own = self.policy.backward([traces[i] for i in places], known or weights, self.accelerator.backward)
         found.note(places, self.credit(own), piece is not None)
+
+    def known(self, piece: Piece | None, given: dict[int, Tensor]) -> Float[Tensor, "n *C"]:
+        """c of a micro-batch of parts of groups; zero for a filler."""
+        return torch.stack([given[i] for i in piece.traces]) if piece else torch.zeros(1, dtype=torch.float64)
 
     def step(self) -> None:
         """Clip, step, and take the new iterate into the average."""

@@ -18,6 +18,7 @@ from jaxtyping import Float
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
+from rebel.credit import Known
 from rebel.errors import RebelError
 from rebel.policies.kernels import Gaussian, Noise, noise_of, with_noise
 from rebel.policies.path import Conditions, PathEnd, check_options, differentiable, watched
@@ -29,8 +30,8 @@ NOT_DENOISERS = ("vae", "text_encoder", "image_encoder", "safety_checker", "feat
 SETTINGS = {"height": "image_size", "width": "image_size", "num_inference_steps": "denoising_steps"}
 """Names of options of a pipeline's call among the settings, where they differ."""
 
-Step = Callable[[int, Gaussian, Float[Tensor, "N ..."]], None]
-"""Told of each step that has noise: its column, its Gaussian and the x_{t-1} that was drawn."""
+Step = Callable[[int, Gaussian, Float[Tensor, "N ..."], bool], None]
+"""Told of each step that has noise: its column, its Gaussian, the x_{t-1} that was drawn, whether it is the last."""
 
 
 class Scorer(nn.Module):
@@ -49,27 +50,27 @@ class Scorer(nn.Module):
     def forward(
         self,
         traces: Sequence[LatentTrace],
-        weights: Float[Tensor, "N S"] | None = None,
+        weights: Float[Tensor, "N *C"] | None = None,
         backward: Callable[[Tensor], None] | None = None,
-    ) -> Tensor:
-        """log p of every step that has noise, (N, S) in nats.
+    ) -> tuple[Float[Tensor, "N S"], Float[Tensor, ""] | None]:
+        """log p of every step that has noise, in nats; with weights c also sum(c * log p) of the last of these steps.
 
-        With weights c, sum(c * log p) of the last of these steps alone: that of every step before it is back-propagated
-        on the way. So the caller's backward pass is the last one, in which DDP exchanges what all of them added up.
+        That of every step before it is back-propagated on the way. So the caller's backward pass is the last one, in
+        which DDP exchanges what all of them added up.
         """
         found: list[Tensor] = []
+        rest: list[Tensor] = []
 
-        def note(column: int, given: Gaussian, following: Tensor) -> None:
+        def note(column: int, given: Gaussian, following: Tensor, last: bool) -> None:
             logp = given.log_prob(following)[: len(traces)]
+            found.append(logp if weights is None else logp.detach())
             if weights is None or backward is None:
-                found.append(logp)
                 return
-            found[:] = [(weights[:, column].to(logp) * logp).sum()]
-            if column + 1 < weights.shape[1]:
-                backward(found[0])
+            pull = ((weights if weights.ndim == 1 else weights[:, column]).to(logp) * logp).sum()
+            rest.append(pull) if last else backward(pull)
 
         self.replay(traces, note)
-        return torch.stack(found, dim=1) if weights is None else found[0]
+        return torch.stack(found, dim=1), rest[0] if rest else None
 
     def replay(self, traces: Sequence[LatentTrace], note: Step) -> None:
         """The pipeline once more along the paths of these traces, with gradients unless they are turned off."""
@@ -83,8 +84,9 @@ class Scorer(nn.Module):
             if not columns:
                 columns.update({k: column for column, k in enumerate(self.noise.noisy(self.pipeline.scheduler))})
             if step in columns:
-                note(columns[step], given, path[step + 1])
-                if columns[step] + 1 == len(columns):
+                last = columns[step] + 1 == len(columns)
+                note(columns[step], given, path[step + 1], last)
+                if last:
                     raise PathEnd
             return path[step + 1]
 
@@ -132,7 +134,7 @@ class Diffusion:
 
     def log_prob(self, traces: Sequence[LatentTrace]) -> Float[Tensor, "N S"]:
         """log p of every denoising step that has noise, in nats. Independent of the batch, in fp32."""
-        return self.scorer(traces)
+        return self.scorer(traces)[0]
 
     def backward(
         self,
@@ -142,11 +144,15 @@ class Diffusion:
     ) -> Float[Tensor, "N S"]:
         """Back-propagate sum(c * log_prob) one step at a time: memory does not depend on the number of steps.
 
-        c = weigh(log_prob) is needed before, so the path is replayed twice, first without gradient.
+        c has to be known before the first step: unless it is, the path is replayed without gradient first.
         """
-        with torch.no_grad():
-            logp = self.bare(traces)
-        backward(self.scorer(traces, weigh(logp), backward))
+        if isinstance(weigh, Known):
+            weights = weigh.columns
+        else:
+            with torch.no_grad():
+                weights = weigh(self.bare(traces)[0])
+        logp, last = self.scorer(traces, weights, backward)
+        backward(last)
         return logp
 
     @torch.no_grad()
@@ -161,7 +167,7 @@ class Diffusion:
     def gaussians(self, traces: Sequence[LatentTrace]) -> list[Gaussian]:
         """The Gaussian of every step that has noise."""
         found: list[Gaussian] = []
-        self.bare.replay(traces, lambda column, given, following: found.append(given))
+        self.bare.replay(traces, lambda column, given, following, last: found.append(given))
         return found
 
     @contextmanager
@@ -205,6 +211,7 @@ def diffusion(
     options |= {} if guidance_scale is None else {"guidance_scale": guidance_scale}
     options |= {} if image_size is None else {"height": image_size, "width": image_size}
     check_options(pipeline, options, SETTINGS)
+    check_types(pipeline)
     freeze(pipeline)
     noise = noise_of(pipeline.scheduler, noise_level, noise_floor)
     return Diffusion(Scorer(pipeline, noise, options, batch))
@@ -221,6 +228,19 @@ def freeze(pipeline: DiffusionPipeline) -> None:
     for module in denoiser.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
+
+
+def check_types(pipeline: DiffusionPipeline) -> None:
+    """Raises RebelError where the denoiser and a text encoder have weights of different types: latents take theirs."""
+    denoiser = denoiser_of(pipeline)
+    for name, module in pipeline.components.items():
+        if name.startswith("text_encoder") and isinstance(module, nn.Module):
+            types = [next(m.parameters()).dtype for m in (denoiser[1], module)]
+            if types[0] != types[1]:
+                raise RebelError(
+                    f"the pipeline's {denoiser[0]} has weights of {types[0]} and its {name} of {types[1]}: load all of "
+                    "it with one --dtype"
+                )
 
 
 def denoiser_of(pipeline: DiffusionPipeline) -> tuple[str, Any]:
@@ -250,7 +270,7 @@ def without_adapter(policy: Diffusion) -> LogProb:
         for layer in layers:
             layer.enable_adapters(enabled=False)
         try:
-            return policy.bare(traces)
+            return policy.bare(traces)[0]
         finally:
             for layer in layers:
                 layer.enable_adapters(enabled=True)
@@ -264,6 +284,6 @@ def frozen_copy(policy: Diffusion) -> LogProb:
 
     def log_prob(traces: Sequence[LatentTrace]) -> Tensor:
         with policy.with_weights(initial):
-            return policy.bare(traces)
+            return policy.bare(traces)[0]
 
     return log_prob

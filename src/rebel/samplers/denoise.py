@@ -11,11 +11,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from rebel.data import seed_of
 from rebel.errors import RebelError
 from rebel.policies.diffusion import Diffusion
 from rebel.policies.kernels import Gaussian
 from rebel.policies.path import watched
+from rebel.seeds import seed_of
 from rebel.types import Completion, LatentTrace, Prompt, Rollout
 
 FIRST, LATER = range(2)

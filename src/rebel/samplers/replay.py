@@ -45,7 +45,7 @@ def check_replay(sampler: Denoise, prompts: Sequence[Prompt], seed: int = 0) -> 
 
 def replay(policy: Diffusion, traces: Sequence[LatentTrace], precision: Callable[[], AbstractContextManager]) -> Tensor:
     with precision():
-        return policy.bare(traces).cpu()
+        return policy.bare(traces)[0].cpu()
 
 
 def reason(policy: Diffusion, traces: Sequence[LatentTrace], steady: bool) -> str:
