@@ -173,18 +173,18 @@ JPEG: dict[str, Any] = {
     "num_generations": 8,
     "prompts_per_iteration": 16,
     "learning_rate": 1e-3,
-    "scale_rewards": "batch",
+    "eta": 100.0,
     "track_kl": True,
 }
-PRICES = (0.0, 0.01, 0.03, 0.1)
-"""beta, in standard deviations of the reward per nat."""
+PRICES = (0.0, 0.02, 0.05)
+"""beta, in kilobytes per nat."""
 
 
 def jpeg(work: Path) -> None:
     for beta in PRICES:
         form = f"beta {beta:g}"
         if not rows("jpeg", form):
-            finish_one(work, "jpeg", form, 0, {**JPEG, "beta": beta, "eta": 20.0})
+            finish_one(work, "jpeg", form, 0, {**JPEG, "beta": beta})
 
 
 def keep_pictures(folder: Path, form: str) -> None:

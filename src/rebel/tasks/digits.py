@@ -112,6 +112,7 @@ def settings(folder: Path, seed: int) -> RebelConfig:
         noise_level=1.0,
         credit="step",
         eta=20.0,
+        beta=0.03,
         prompts_per_iteration=16,
         num_generations=8,
         sampling_batch=1024,
