@@ -67,7 +67,13 @@ def cells(name: str, values: Sequence[float]) -> list[dict[str, float]]:
     return [{"learning_rate": rate, name: value} for rate in RATES for value in values]
 
 
-COMMON: dict[str, Any] = {"beta": 0.0, "track_kl": False, "steps_per_iteration": 4, "num_iterations": 1}
+COMMON: dict[str, Any] = {
+    "beta": 0.0,
+    "track_kl": False,
+    "steps_per_iteration": 4,
+    "num_iterations": 1,
+    "eval_steps": 40,
+}
 """Four optimiser steps on each iteration's 128 images, whatever the form; what the quickstart does need not be this."""
 
 PAIRS = {"num_generations": 2, "prompts_per_iteration": 64, "credit": "trajectory", "scale_rewards": "batch"}
