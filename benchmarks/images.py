@@ -160,13 +160,19 @@ def wanted(part: str) -> Iterator[tuple[Form, int, dict[str, Any]]]:
         for point in points:
             for seed in (TUNED_ON,) if part == "tune" else SEEDS:
                 changes = {**form.fixed, **point}
-                if not any(row["changes"] == changes and row["seed"] == seed for row in rows(part, form.name)):
+                if not there(part, form, seed, changes):
                     yield form, seed, changes
+
+
+def there(part: str, form: Form, seed: int, changes: Mapping[str, Any]) -> bool:
+    return any(row["changes"] == changes and row["seed"] == seed for row in rows(part, form.name))
 
 
 def make(part: str, work: Path, share: str) -> None:
     number, of = map(int, share.split("/"))
     for form, seed, changes in list(wanted(part))[number::of]:
+        if there(part, form, seed, changes):  # by another process meanwhile
+            continue
         print(f"\n== {part}: {form.name}, seed {seed}, {changes}", flush=True)
         finish_one(work, part, form.name, seed, changes)
 
