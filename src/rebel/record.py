@@ -43,6 +43,8 @@ FREE = frozenset(
         "num_train_epochs",
         "anchor_cache_dir",
         "tokens_per_micro_batch",
+        "images_per_micro_batch",
+        "judge_funcs",
         "shared_prefix",
         "logging_steps",
         "eval_strategy",
@@ -85,7 +87,8 @@ def claim_folder(config: RebelConfig, resume: bool) -> Path:
     folder = Path(config.output_dir)
     if folder.exists() and not folder.is_dir():
         raise RebelError(f"--output_dir {folder} is a file; name a folder")
-    if config.model_name_or_path and folder.resolve() == Path(config.model_name_or_path).resolve():
+    model = config.model_name_or_path or config.pipeline_name_or_path
+    if model and folder.resolve() == Path(model).resolve():
         raise RebelError(f"--output_dir {folder} is the model's own folder; the tuned model would replace it")
     held = [name for name in (*LEFTOVERS, ROUNDS) if (folder / name).exists()] + checkpoint.all_checkpoints(folder)
     if held and not resume:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -40,8 +40,9 @@ Prompts = tuple[Sequence[Prompt], Sequence[Prompt]]
 class Parts:
     """Where a run's groups come from, how it is evaluated and how long its steps are.
 
-    `recordings` have to see the initial policy before a checkpoint may take its place. `per_round` is the number of
-    iterations that a checkpoint must not fall between, 0 where they stand alone.
+    `recordings` have to see the initial policy before a checkpoint may take its place; `checks` may refuse the learner
+    before its first step. `per_round` is the number of iterations that a checkpoint must not fall between, 0 where they
+    stand alone.
     """
 
     collector: Collector
@@ -50,6 +51,7 @@ class Parts:
     recordings: tuple[Recordings, ...] = ()
     notes: tuple[str, ...] = ()
     per_round: int = 0
+    checks: tuple[Callable[[Learner], None], ...] = ()
 
 
 def build_sampler(config: RebelConfig, policy: CausalLM, accelerator: Accelerator) -> Generate:
@@ -108,7 +110,7 @@ def hybrid(sampler: Sampler, prompts: Sequence[Prompt], policy: CausalLM, config
 
 
 def build_source(
-    config: RebelConfig, learner: Learner, sampler: Generate, reward: Reward, prompts: Sequence[Prompt]
+    config: RebelConfig, learner: Learner, sampler: Sampler, reward: Reward, prompts: Sequence[Prompt]
 ) -> Source:
     """Who draws and who scores for training."""
     return Source(
