@@ -32,6 +32,8 @@ SMALL = 192
 """Pixels of the longer side of a picture's copy for the report."""
 
 OPPONENTS = "eval_opponents.jsonl"
+MODEL = ("config.json", "adapter_config.json", "model_index.json", "model.safetensors", "adapter_model.safetensors")
+"""Files by which a saved model is known, whoever made it."""
 LEFTOVERS = (METRICS, SAMPLES, SETTINGS, FAILED, "report.html", "opponents.jsonl")
 
 FREE = frozenset(
@@ -99,13 +101,16 @@ def claim_folder(config: RebelConfig, resume: bool) -> Path:
                 "--overwrite_output_dir, or name another folder"
             )
         clear(folder)
+    model = [name for name in MODEL if (folder / name).exists()]
+    if model and not held:
+        raise RebelError(f"--output_dir {folder} holds a model that is not of `rebel train` ({model[0]}); name another")
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 
 
 def clear(folder: Path) -> None:
     """Delete what a run of rebel left, and nothing else."""
-    for name in (*LEFTOVERS, OPPONENTS):
+    for name in (*LEFTOVERS, OPPONENTS, *MODEL):
         (folder / name).unlink(missing_ok=True)
     for old in [
         *checkpoint.all_checkpoints(folder),
