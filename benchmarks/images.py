@@ -1,12 +1,12 @@
 """Forms of REBEL and PPO-clip (DDPO) on real handwritten digits, at equal reward queries.
 
-python benchmarks/images.py tune [--part 0/2]     # every form over its grid, on a seed that is not reported
+python benchmarks/images.py tune [--part 0/2]     # every form at five points, on a seed that is not reported
 python benchmarks/images.py run [--part 0/2]      # every form at its best point, on five other seeds
 python benchmarks/images.py jpeg                  # a reward that destroys what it is given, without and with a price
 python benchmarks/images.py table                 # results/images.md and .png from the rows
 
-Rows are in results/images.jsonl, and runs whose rows are there are skipped. A part 0/2 makes every other run: two
-processes share the work.
+Rows are in results/images.jsonl, and runs whose rows are there are skipped. A part 0/2 makes those of every
+other form: two processes share the work.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import shutil
 import subprocess
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -45,7 +45,8 @@ PICTURES = ROOT / "docs" / "pictures"
 TUNED_ON, SEEDS = 100, (0, 1, 2, 3, 4)
 BUDGETS = (2560, 5120)
 RATES = (3e-4, 1e-3, 3e-3)
-ETAS, CLIPS = (5.0, 20.0, 80.0), (0.05, 0.2, 0.5)
+TRIED = {"eta": (20.0, 5.0, 80.0), "clip_range": (0.2, 0.05, 0.5)}
+"""Every form is tried at each learning rate with the first value, and then at the best rate with the other two."""
 OFF = 1e6
 
 Row = Mapping[str, Any]
@@ -53,18 +54,14 @@ Row = Mapping[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class Form:
-    """A form of the method, with the settings it has in any case and those that it is tried at."""
+    """A form of the method, with the settings it has in any case; `knob` is what it is tuned by beside the rate."""
 
     name: str
     fixed: Mapping[str, Any]
-    grid: Sequence[Mapping[str, Any]] = field(default_factory=list)
-    colour: str = "black"
+    colour: str
+    knob: str = "eta"
+    values: Sequence[float] = TRIED["eta"]
     dashed: bool = False
-
-
-def cells(name: str, values: Sequence[float]) -> list[dict[str, float]]:
-    """Every learning rate with every value."""
-    return [{"learning_rate": rate, name: value} for rate in RATES for value in values]
 
 
 COMMON: dict[str, Any] = {
@@ -80,19 +77,16 @@ PAIRS = {"num_generations": 2, "prompts_per_iteration": 64, "credit": "trajector
 ALL = {"num_generations": 8, "prompts_per_iteration": 16, "scale_rewards": "group"}
 """Rewards are divided by their standard deviation in all forms, as PPO's are: that of the prompt's images; of the
 iteration's where a prompt has two, which would leave nothing but a sign."""
+STEP, TRAJECTORY = ALL | {"credit": "step"}, ALL | {"credit": "trajectory"}
+PPO = TRAJECTORY | {"algorithm": "ppo_clip", "eta": "auto", "scale_rewards": "none"}
 FORMS = (
-    Form("REBEL, pairs (the paper's)", PAIRS, cells("eta", ETAS), "#8fb8de"),
-    Form("REBEL, pairs, same noise", PAIRS | {"same_noise": True}, cells("eta", ETAS), "#8fb8de", True),
-    Form("REBEL, all pairs of 8", ALL | {"credit": "trajectory"}, cells("eta", ETAS), "#1763a6"),
-    Form("REBEL, all pairs, eta 1e6 (off)", ALL | {"credit": "trajectory"}, cells("eta", [OFF]), "#8c96a0"),
-    Form("REBEL, all pairs, per step", ALL | {"credit": "step"}, cells("eta", ETAS), "#2f8f5b"),
-    Form("REBEL, per step, eta 1e6 (off)", ALL | {"credit": "step"}, cells("eta", [OFF]), "#8c96a0", True),
-    Form(
-        "PPO-clip (DDPO)",
-        ALL | {"algorithm": "ppo_clip", "credit": "trajectory", "eta": "auto", "scale_rewards": "none"},
-        cells("clip_range", CLIPS),
-        "#c2571a",
-    ),
+    Form("PPO-clip (DDPO)", PPO, "#c2571a", "clip_range", TRIED["clip_range"]),
+    Form("REBEL, all pairs, per step", STEP, "#2f8f5b"),
+    Form("REBEL, all pairs", TRAJECTORY, "#1763a6"),
+    Form("REBEL, pairs (the paper's)", PAIRS, "#8fb8de"),
+    Form("REBEL, per step, eta 1e6 (off)", STEP, "#8c96a0", values=[OFF], dashed=True),
+    Form("REBEL, pairs, same noise", PAIRS | {"same_noise": True}, "#8fb8de", dashed=True),
+    Form("REBEL, all pairs, eta 1e6 (off)", TRAJECTORY, "#8c96a0", values=[OFF]),
 )
 
 
@@ -136,7 +130,9 @@ def commit() -> str:
 
 
 def rows(part: str, form: str | None = None) -> list[dict[str, Any]]:
-    return [row for row in read_rows(ROWS) if row["part"] == part and form in (None, row["form"])]
+    """Rows of the file, the first of those that two processes made at the same time."""
+    found = [row for row in read_rows(ROWS) if row["part"] == part and form in (None, row["form"])]
+    return list({str((row["form"], row["seed"], row["changes"])): row for row in reversed(found)}.values())[::-1]
 
 
 def score(row: Row) -> float:
@@ -153,15 +149,14 @@ def best(form: Form) -> dict[str, Any]:
     return dict(max(rows("tune", form.name), key=score)["changes"])
 
 
-def wanted(part: str) -> Iterator[tuple[Form, int, dict[str, Any]]]:
-    """The runs of a part that the file does not have yet."""
-    for form in FORMS:
-        points = form.grid if part == "tune" else [best(form)]
-        for point in points:
-            for seed in (TUNED_ON,) if part == "tune" else SEEDS:
-                changes = {**form.fixed, **point}
-                if not there(part, form, seed, changes):
-                    yield form, seed, changes
+def points(form: Form) -> Iterator[dict[str, Any]]:
+    """What a form is tried at, in this order."""
+    first, *others = form.values
+    for rate in RATES:
+        yield {**form.fixed, "learning_rate": rate, form.knob: first}
+    rate = best(form)["learning_rate"]
+    for value in others:
+        yield {**form.fixed, "learning_rate": rate, form.knob: value}
 
 
 def there(part: str, form: Form, seed: int, changes: Mapping[str, Any]) -> bool:
@@ -169,12 +164,14 @@ def there(part: str, form: Form, seed: int, changes: Mapping[str, Any]) -> bool:
 
 
 def make(part: str, work: Path, share: str) -> None:
+    """The runs of every so many-th form that the file does not have yet."""
     number, of = map(int, share.split("/"))
-    for form, seed, changes in list(wanted(part))[number::of]:
-        if there(part, form, seed, changes):  # by another process meanwhile
-            continue
-        print(f"\n== {part}: {form.name}, seed {seed}, {changes}", flush=True)
-        finish_one(work, part, form.name, seed, changes)
+    for form in FORMS[number::of]:
+        for changes in points(form) if part == "tune" else [best(form)]:
+            for seed in (TUNED_ON,) if part == "tune" else SEEDS:
+                if not there(part, form, seed, changes):
+                    print(f"\n== {part}: {form.name}, seed {seed}, {changes}", flush=True)
+                    finish_one(work, part, form.name, seed, changes)
 
 
 # -- a reward that destroys --------------------------------------------------------------------------------------------
@@ -196,7 +193,7 @@ def jpeg(work: Path) -> None:
     for beta in PRICES:
         form = f"beta {beta:g}"
         if not rows("jpeg", form):
-            finish_one(work, "jpeg", form, 0, {**JPEG, "beta": beta})
+            finish_one(work, "jpeg", form, 42, {**JPEG, "beta": beta})
 
 
 def keep_pictures(folder: Path, form: str) -> None:
