@@ -3,6 +3,7 @@
 python benchmarks/images.py tune [--part 0/2]     # every form at five points, on a seed that is not reported
 python benchmarks/images.py run [--part 0/2]      # every form at its best point, on five other seeds
 python benchmarks/images.py jpeg                  # a reward that destroys what it is given, without and with a price
+python benchmarks/images.py pictures --quickstart FOLDER     # docs/pictures/digits-*.png of that quickstart
 python benchmarks/images.py table                 # results/images.md and .png from the rows
 
 Rows are in results/images.jsonl, and runs whose rows are there are skipped. A part 0/2 makes those of every
@@ -108,7 +109,7 @@ def finish_one(work: Path, part: str, form: str, seed: int, changes: Mapping[str
     row = {"part": part, "form": form, "seed": seed, "changes": dict(changes), "curve": curve}
     append_rows(ROWS, [{**row, "seconds": round(time.perf_counter() - began, 1), "commit": commit()}])
     if part == "jpeg":
-        keep_pictures(folder, form)
+        keep_pictures(folder, "digits-before", f"jpeg-{form.replace(' ', '-')}")
     shutil.rmtree(folder)
     return curve
 
@@ -196,13 +197,13 @@ def jpeg(work: Path) -> None:
             finish_one(work, "jpeg", form, 42, {**JPEG, "beta": beta})
 
 
-def keep_pictures(folder: Path, form: str) -> None:
-    """The first 20 drawings before and after, as they are in the documentation."""
+def keep_pictures(folder: Path, before: str, after: str) -> None:
+    """The first 20 drawings of a run before and after, as they are in the documentation."""
     files = sorted((folder / "images").glob("*.png"))
     iterations = sorted({file.name[:6] for file in files})
-    for iteration, name in ((iterations[0], "before"), (iterations[-1], form.replace(" ", "-"))):
+    for iteration, name in ((iterations[0], before), (iterations[-1], after)):
         shown = [Image.open(file) for file in files if file.name.startswith(iteration)][:20]
-        write_mosaic(shown, PICTURES / f"jpeg-{name}.png")
+        write_mosaic(shown, PICTURES / f"{name}.png")
 
 
 def write_mosaic(shown: Sequence[Image.Image], path: Path) -> None:
@@ -298,14 +299,17 @@ def write_table() -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["tune", "run", "jpeg", "table"])
+    parser.add_argument("what", choices=["tune", "run", "jpeg", "table", "pictures"])
     parser.add_argument("--part", default="0/1", help="which of how many processes that share the work this is")
+    parser.add_argument("--quickstart", type=Path, help="for pictures: the folder of a `rebel quickstart images`")
     parser.add_argument("--work", type=Path, default=Path("images-work"), help="folder of the runs, and of the model")
     arguments = parser.parse_args()
     quiet()
     commit()
     if arguments.what == "table":
         write_table()
+    elif arguments.what == "pictures":
+        keep_pictures(arguments.quickstart, "digits-before", "digits-after")
     elif arguments.what == "jpeg":
         jpeg(arguments.work)
     else:

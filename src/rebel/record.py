@@ -290,10 +290,11 @@ def with_files(rows: Sequence[dict[str, Any]], folder: Path) -> list[dict[str, A
 
 def write_picture(image: Any, folder: Path, name: str) -> str:
     """The picture as a PNG file of the run, with a small copy for the report. Returns its name within the folder."""
-    small = folder / IMAGES / "small"
-    small.mkdir(parents=True, exist_ok=True)
+    (folder / IMAGES).mkdir(exist_ok=True)
     image.save(folder / IMAGES / f"{name}.png")
     if max(image.size) > SMALL:
+        small = folder / IMAGES / "small"
+        small.mkdir(exist_ok=True)
         copy = image.copy()
         copy.thumbnail((SMALL, SMALL))
         copy.save(small / f"{name}.png")
