@@ -137,11 +137,11 @@ def rows(part: str, form: str | None = None) -> list[dict[str, Any]]:
 
 
 def score(row: Row) -> float:
-    """What a point of the grid is chosen by: the mean reward at both budgets."""
-    return fmean(reward_at(row, budget, "reward") for budget in BUDGETS)
+    """What a point is chosen by: the judge at both budgets. The reward alone prefers points that exploit it."""
+    return fmean(value_at(row, budget, "judge") for budget in BUDGETS)
 
 
-def reward_at(row: Row, samples: int, key: str) -> float:
+def value_at(row: Row, samples: int, key: str) -> float:
     return next(point[key] for point in row["curve"] if point["samples"] == samples)
 
 
@@ -164,10 +164,10 @@ def there(part: str, form: Form, seed: int, changes: Mapping[str, Any]) -> bool:
     return any(row["changes"] == changes and row["seed"] == seed for row in rows(part, form.name))
 
 
-def make(part: str, work: Path, share: str) -> None:
-    """The runs of every so many-th form that the file does not have yet."""
+def make(part: str, work: Path, share: str, forms: int) -> None:
+    """The runs of every so many-th of the first forms that the file does not have yet."""
     number, of = map(int, share.split("/"))
-    for form in FORMS[number::of]:
+    for form in FORMS[:forms][number::of]:
         for changes in points(form) if part == "tune" else [best(form)]:
             for seed in (TUNED_ON,) if part == "tune" else SEEDS:
                 if not there(part, form, seed, changes):
@@ -236,7 +236,7 @@ def table() -> list[str]:
         if not found:
             continue
         numbers = [
-            "{:.3f} ± {:.3f}".format(*mean_and_error([reward_at(row, budget, key) for row in found]))
+            "{:.3f} ± {:.3f}".format(*mean_and_error([value_at(row, budget, key) for row in found]))
             for budget in BUDGETS
             for key in ("reward", "judge")
         ]
@@ -254,7 +254,7 @@ def grid_table() -> list[str]:
         for row in sorted(rows("tune", form.name), key=score, reverse=True):
             changes = row["changes"]
             value = changes["clip_range"] if "clip_range" in changes else changes["eta"]
-            numbers = [reward_at(row, budget, "reward") for budget in BUDGETS] + [reward_at(row, 5120, "judge")]
+            numbers = [value_at(row, budget, "reward") for budget in BUDGETS] + [value_at(row, 5120, "judge")]
             shown = " | ".join(f"{number:.3f}" for number in numbers)
             lines.append(f"| {form.name} | {changes['learning_rate']:g} | {value:g} | {shown} |")
     return lines
@@ -278,7 +278,7 @@ def draw() -> None:
         found = [row for row in rows("run", form.name) if row["changes"] == {**form.fixed, **best(form)}]
         for axis, key in zip(axes, ("reward", "judge"), strict=True):
             samples = [point["samples"] for point in found[0]["curve"]] if found else []
-            values = [mean_and_error([reward_at(row, at, key) for row in found]) for at in samples]
+            values = [mean_and_error([value_at(row, at, key) for row in found]) for at in samples]
             style: dict[str, Any] = {"color": form.colour, "ls": "--" if form.dashed else "-", "lw": 1.4}
             axis.errorbar(samples, [v for v, _ in values], [e for _, e in values], label=form.name, **style)
     axes[0].set(xlabel="reward queries", ylabel="reward: log-probability of the digit (logistic regression)")
@@ -301,6 +301,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["tune", "run", "jpeg", "table", "pictures"])
     parser.add_argument("--part", default="0/1", help="which of how many processes that share the work this is")
+    parser.add_argument("--forms", type=int, default=len(FORMS), help="only so many of the forms, in their order")
     parser.add_argument("--quickstart", type=Path, help="for pictures: the folder of a `rebel quickstart images`")
     parser.add_argument("--work", type=Path, default=Path("images-work"), help="folder of the runs, and of the model")
     arguments = parser.parse_args()
@@ -313,7 +314,7 @@ def main() -> None:
     elif arguments.what == "jpeg":
         jpeg(arguments.work)
     else:
-        make(arguments.what, arguments.work, arguments.part)
+        make(arguments.what, arguments.work, arguments.part, arguments.forms)
 
 
 if __name__ == "__main__":
