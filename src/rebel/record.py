@@ -29,6 +29,8 @@ from rebel.trackers import Trackers
 METRICS, SAMPLES, SETTINGS, FAILED = "metrics.jsonl", "samples.jsonl", "config.yaml", "failed_reward.json"
 BEST, ROUNDS = "best", "rounds"
 OPPONENTS = "eval_opponents.jsonl"
+MODEL = ("config.json", "adapter_config.json", "model_index.json", "model.safetensors", "adapter_model.safetensors")
+"""Files by which a saved model is known, whoever made it."""
 LEFTOVERS = (METRICS, SAMPLES, SETTINGS, FAILED, "report.html", "opponents.jsonl")
 
 FREE = frozenset(
@@ -96,13 +98,16 @@ def claim_folder(config: RebelConfig, resume: bool) -> Path:
                 "--overwrite_output_dir, or name another folder"
             )
         clear(folder)
+    model = [name for name in MODEL if (folder / name).exists()]
+    if model and not held:
+        raise RebelError(f"--output_dir {folder} holds a model that is not of `rebel train` ({model[0]}); name another")
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 
 
 def clear(folder: Path) -> None:
     """Delete what a run of rebel left, and nothing else."""
-    for name in (*LEFTOVERS, OPPONENTS):
+    for name in (*LEFTOVERS, OPPONENTS, *MODEL):
         (folder / name).unlink(missing_ok=True)
     for old in [*checkpoint.all_checkpoints(folder), folder / BEST, folder / ITERATES, folder / ROUNDS]:
         shutil.rmtree(old, ignore_errors=True)
