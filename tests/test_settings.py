@@ -126,7 +126,7 @@ def test_defaults_are_not_shared_between_runs():
         ("qqqq", "--qqqq is not known; --help lists what is"),
         ("epsilon", "--epsilon is not a setting of REBEL: a regression clips no ratio"),
         ("epsilon_high", "clips no ratio"),
-        ("vllm_gpu_memory_utilization", "completions are drawn in the training process"),
+        ("vllm_server_port", "use --vllm_server_base_url"),
         ("num_ppo_epochs", "--iterations, --num_train_epochs or --max_steps"),
     ],
 )

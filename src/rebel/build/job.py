@@ -129,7 +129,7 @@ def build_job(
         notes.take_metrics,
         iterates=iterates,
     )
-    parts = material.parts(config, mover, reward(notes), notes, iterates, terminal.say)
+    parts = material.parts(config, mover, reward(notes), notes, iterates, terminal.say, iterations)
     recorder.round = parts.per_round
     run = build_run(config, mover, reference, parts, recorder)
     memory = estimate(policy.model, config, reference_is_copy(reference, policy, config), mover.average > 0)
@@ -165,6 +165,7 @@ class Material:
         notes: Notes,
         iterates: Iterates | None,
         say: Callable[[str], None],
+        iterations: int,
     ) -> Parts:
         """The parts that take their groups from it."""
         if isinstance(self.training, Groups):
@@ -175,7 +176,8 @@ class Material:
         if reward and seen:
             reward.check(seen)
         judge: Judge | None = judge_of_evaluation(config, notes, held)
-        return online_parts(config, learner, reward, (self.training, held), judge, iterates, say)
+        prompts = (self.training, held)
+        return online_parts(config, learner, reward, prompts, judge, iterates, say, iterations, notes.log_metric)
 
     def plan(
         self, config: RebelConfig, parts: Parts, iterations: int, world: int, memory: Memory, shared: bool
