@@ -179,7 +179,7 @@ def test_heads_that_vllm_cannot_compute_are_found_out_at_the_start() -> None:
 
 def test_no_room_for_keys_and_values_is_found_out_at_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "100000")
-    with pytest.raises(RebelError, match="no room for the keys and values.*VLLM_CPU_KVCACHE_SPACE"):
+    with pytest.raises(RebelError, match=r"no room for the keys and values.*VLLM_CPU_KVCACHE_SPACE"):
         colocated(policy(), 32, torch.float32, 0.3, sleeps=True)
 
 

@@ -53,7 +53,16 @@ def serving(folder: Path) -> Iterator[tuple[str, subprocess.Popen]]:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder)]
-    command += ["--host", "127.0.0.1", "--port", str(port), "--served-model-name", NAME, "--max-model-len", str(LONGEST)]
+    command += [
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(port),
+        "--served-model-name",
+        NAME,
+        "--max-model-len",
+        str(LONGEST),
+    ]
     command += ["--dtype", "float32", "--enforce-eager"]
     with (folder / "log").open("w") as log:
         process = subprocess.Popen(

@@ -118,10 +118,12 @@ def config_of(policy: CausalLM) -> Any:
 def as_it_was() -> Iterator[None]:
     """vLLM seeds the generators of its process; afterwards they are as they were before."""
     python, arrays = random.getstate(), numpy.random.get_state()
-    with torch.random.fork_rng():
-        yield
-    random.setstate(python)
-    numpy.random.set_state(arrays)
+    try:
+        with torch.random.fork_rng():
+            yield
+    finally:
+        random.setstate(python)
+        numpy.random.set_state(arrays)
 
 
 REASONS = {
