@@ -169,7 +169,8 @@ def limits(torch: ModuleType) -> Iterator[Finding]:
 def _no_vllm() -> Iterator[Finding]:
     """Why vLLM cannot draw in this process, if it cannot: it is missing, or was not tested."""
     found = _version("vllm") or _version(WITHOUT_GPU["vllm"])
-    tested = next((r.specifier for r in map(Requirement, metadata.requires(OURS) or []) if r.name == "vllm"), None)
+    asked = map(Requirement, (metadata.requires(OURS) or []) if _version(OURS) else [])
+    tested = next((requirement.specifier for requirement in asked if requirement.name == "vllm"), None)
     if found is None:
         yield Finding("no", "--sampler vllm in this process", "vllm is missing; for a server none is needed here")
     elif tested and not tested.contains(found.partition("+")[0], prereleases=True):
