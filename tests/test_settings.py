@@ -420,6 +420,10 @@ SERVER = {"sampler": "vllm", "vllm_mode": "server", "vllm_server_base_url": "htt
         (SERVER | {"one_step_ahead": True, "rounds": 1, "iterations": None}, "--one_step_ahead with --rounds"),
         (SERVER | {"one_step_ahead": True, "replace_flat_groups": 1.0}, "which prompts come next is not known"),
         ({"sampler": "vllm", "top_p": 0.9}, "--top_p 0.9 is refused"),
+        (
+            {"sampler": "vllm", "model_name_or_path": None, "pipeline_name_or_path": "p"},
+            "--sampler vllm is for language models and has no meaning for images; leave it out",
+        ),
     ],
 )
 def test_settings_of_vllm_that_make_no_sense(given: dict[str, Any], words: str):

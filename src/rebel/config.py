@@ -14,14 +14,18 @@ class RebelConfig:
     # -- model ---------------------------------------------------------------------------------------------
     model_name_or_path: str | None = None
     """Hugging Face name or folder of the causal language model to tune."""
+    pipeline_name_or_path: str | None = None
+    """Hugging Face name or folder of the pipeline of diffusers to tune, in place of a language model."""
     dtype: str = "auto"
-    """Type of the weights: float32, bfloat16, float16, or auto: fp32 if trained whole, as saved below an adapter."""
+    """Type of the weights: float32, bfloat16, float16, or auto: fp32 if trained whole, as saved below an adapter.
+    For a pipeline, auto is bfloat16 below an adapter on a GPU, and float32 otherwise."""
     attn_implementation: str | None = None
     """Attention of transformers: sdpa, eager, flash_attention_2, ..."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Off unless you ask for it."""
-    use_peft: bool = False
-    """Train a LoRA adapter instead of all weights; the reference is then the model without it, at no cost."""
+    use_peft: bool | None = None
+    """Train a LoRA adapter instead of all weights; the reference is then the model without it, at no cost.
+    Unset: for a pipeline only."""
     lora_r: int = 16
     """Rank of the adapter."""
     lora_alpha: int = 32
@@ -176,6 +180,30 @@ class RebelConfig:
     shard_prompts: int = 64
     """Prompts of one file of rollouts, which is also what an interruption may cost; fixes the random numbers."""
 
+    # -- images --------------------------------------------------------------------------------------------
+    denoising_steps: int = 10
+    """Denoising steps of an image, in training and in evaluation."""
+    guidance_scale: float | None = None
+    """Guidance by the prompt. Unset: the pipeline's own default."""
+    noise_level: float | None = None
+    """Noise of the steps: eta of DDIM (unset: 1), a of the stochastic flow of SD3 and FLUX (unset: 0.7)."""
+    noise_floor: float = 0.0
+    """Least noise of a step, in units of the latents. At 0 a step without noise, mostly the last, is not scored."""
+    image_size: int | None = None
+    """Height and width in pixels. Unset: the pipeline's own."""
+    same_noise: bool = False
+    """Begin all images of a prompt at the same noise; those of the next prompt at another."""
+    credit: Literal["trajectory", "step"] = "trajectory"
+    """What a reward is credited to: the whole denoising path, as in the paper, or each step by its own regression."""
+    algorithm: Literal["rebel", "ppo_clip"] = "rebel"
+    """rebel, or to compare with it PPO's clipped objective on the denoising steps (DDPO), which has no eta."""
+    clip_range: float = 0.2
+    """With ppo_clip: how far the probability ratio of a step may go from 1."""
+    images_per_micro_batch: int = 4
+    """Images that go through the pipeline at once, to draw and to train; sets the memory, never the result."""
+    judge_funcs: list[str] = field(default_factory=list)
+    """Judges of images that are never the reward: functions as for reward_funcs, evaluated beside it."""
+
     # -- batch and optimisation ----------------------------------------------------------------------------
     prompts_per_iteration: int = 32
     """Prompts drawn for each iteration, all processes together."""
@@ -296,6 +324,12 @@ class RebelConfig:
         """num_iterations, or what it is unset."""
         once = self.offline or self.rounds is not None or self.from_rollouts is not None
         return (1 if once else 4) if self.num_iterations is None else self.num_iterations
+
+    @property
+    def adapter(self) -> bool:
+        """Whether an adapter is trained, and not all weights."""
+        asked = bool(self.pipeline_name_or_path) if self.use_peft is None else self.use_peft
+        return asked or bool(self.adapter_path)
 
     @property
     def best_metric(self) -> str:

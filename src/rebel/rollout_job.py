@@ -163,8 +163,17 @@ def claim_rewards(rollouts: Rollouts, config: RebelConfig) -> None:
 
 
 def scored_by(config: RebelConfig) -> str:
+    """The rewards by their weights and names, a file's by its content too: it may change and keep its name."""
     weights = config.reward_weights or [1.0] * len(config.reward_funcs)
-    return ", ".join(f"{weight:g} x {name}" for weight, name in zip(weights, config.reward_funcs, strict=True))
+    return ", ".join(f"{w:g} x {name}{edition(name)}" for w, name in zip(weights, config.reward_funcs, strict=True))
+
+
+def edition(reward: str) -> str:
+    """Which edition of its file a reward is of; nothing where it is not a file's."""
+    file = Path(reward.rpartition(":")[0]).expanduser()
+    if file.suffix != ".py" or not file.is_file():
+        return ""
+    return f" (edition {blake2b(file.read_bytes(), digest_size=4).hexdigest()})"
 
 
 def home(config: RebelConfig) -> Path:

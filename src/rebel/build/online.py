@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rebel.build.evaluation import build_evaluator
+from rebel.build.length import iterations_of
 from rebel.build.rewards import for_evaluation
 from rebel.build.rounds import build_rounds, in_rounds, in_words
 from rebel.build.sampler import TextSampler, build_generate, build_sampler, who_draws
@@ -25,7 +26,7 @@ from rebel.samplers.hybrid import FromColumns, Hybrid
 from rebel.samplers.mixture import Mixture
 from rebel.stepsize import AutoEta, GivenEta, StepRule
 from rebel.train import Collector, Evaluator
-from rebel.types import Judge, Pairing, Prompt, Reward
+from rebel.types import Judge, Pairing, Prompt, Reward, Sampler
 
 PAIRINGS: dict[str, Pairing] = {"all": all_pairs, "extremes": best_against_worst, "random": random_pairs}
 
@@ -40,8 +41,9 @@ Prompts = tuple[Sequence[Prompt], Sequence[Prompt]]
 class Parts:
     """Where a run's groups come from, how it is evaluated and how long its steps are.
 
-    `recordings` have to see the initial policy before a checkpoint may take its place. `per_round` is the number of
-    iterations that a checkpoint must not fall between, 0 where they stand alone.
+    `recordings` have to see the initial policy before a checkpoint may take its place; `checks` may refuse the learner
+    before its first step. `per_round` is the number of iterations that a checkpoint must not fall between, 0 where they
+    stand alone.
     """
 
     collector: Collector
@@ -50,6 +52,7 @@ class Parts:
     recordings: tuple[Recordings, ...] = ()
     notes: tuple[str, ...] = ()
     per_round: int = 0
+    checks: tuple[Callable[[Learner], None], ...] = ()
 
 
 def build_step_rule(config: RebelConfig) -> StepRule:
@@ -66,7 +69,6 @@ def online_parts(
     judge: Judge | None,
     iterates: Iterates | None,
     say: Say,
-    iterations: int,
     note: Note = lambda name, value: None,
 ) -> Parts:
     """Groups drawn from the policy, which is evaluated by the reward of what it draws."""
@@ -85,13 +87,13 @@ def online_parts(
     if config.data_completions:
         mixed, line = hybrid(sampler, prompts[0], config)
         source, notes = replace(source, sampler=mixed), (*notes, line)
-    return Parts(build_collector(config, source, iterations), evaluator, rule, notes=notes)
+    return Parts(build_collector(config, source, prompts[0]), evaluator, rule, notes=notes)
 
 
-def build_collector(config: RebelConfig, source: Source, iterations: int) -> Collector:
+def build_collector(config: RebelConfig, source: Source, prompts: Sequence[Prompt]) -> Collector:
     """Where the groups of an iteration come from: drawn in it, or during the one before."""
     if config.one_step_ahead:
-        return Ahead(source, config.prompts_per_iteration, iterations)
+        return Ahead(source, config.prompts_per_iteration, iterations_of(config, prompts))
     return Online(source, config.prompts_per_iteration, config.replace_flat_groups)
 
 
@@ -112,7 +114,7 @@ def hybrid(sampler: TextSampler, prompts: Sequence[Prompt], config: RebelConfig)
 
 
 def build_source(
-    config: RebelConfig, learner: Learner, sampler: TextSampler, reward: Reward, prompts: Sequence[Prompt]
+    config: RebelConfig, learner: Learner, sampler: Sampler, reward: Reward, prompts: Sequence[Prompt]
 ) -> Source:
     """Who draws and who scores for training."""
     return Source(
