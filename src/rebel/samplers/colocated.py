@@ -8,6 +8,7 @@ import os
 import random
 import re
 import tempfile
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -116,10 +117,10 @@ def config_of(policy: CausalLM) -> Any:
 
 @contextmanager
 def as_it_was() -> Iterator[None]:
-    """vLLM seeds the generators of its process; afterwards they are as they were before."""
+    """vLLM seeds the generators of its process; afterwards they are as before. Its warnings are its own business."""
     python, arrays = random.getstate(), numpy.random.get_state()
     try:
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(), warnings.catch_warnings(action="ignore"):
             yield
     finally:
         random.setstate(python)
