@@ -48,7 +48,7 @@ BUDGETS = (2560, 5120)
 FAST = 3e-3
 RATES = (1e-3, 3e-4, FAST)
 TRIED = {"eta": (20.0, 5.0, 80.0), "clip_range": (0.2, 0.05, 0.5)}
-"""Every form is tried with each value at each learning rate, and at the highest, where most fail, with the first alone."""
+"""Every form is tried with each value at each learning rate; at the highest, where most fail, with the first alone."""
 OFF = 1e6
 
 Row = Mapping[str, Any]
