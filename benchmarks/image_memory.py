@@ -2,7 +2,7 @@
 
     PYTHONPATH=src python benchmarks/image_memory.py          # about two minutes on a free core
 
-Every cell is a process of its own on the CPU: a random UNet of Stable Diffusion's kind with 15 million weights, 32 x 32
+Every cell is a process of its own on the CPU: a random UNet of Stable Diffusion's kind with 6 million weights, 32 x 32
 latents, 2 images and classifier-free guidance. Memory is the peak of the resident set, less what there was before the
 update. Writes benchmarks/results/image_memory.json.
 """
