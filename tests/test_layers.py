@@ -62,7 +62,7 @@ FOREIGN = {
     "data": {"torch", "datasets"},
     "iterates": {"torch", "safetensors"},
     "policies": PURE | {"transformers", "peft", "trl", "diffusers"},
-    "samplers": PURE | {"transformers"},
+    "samplers": PURE | {"transformers", "peft", "numpy", "safetensors", "httpx", "packaging"},
     "rewards": PURE | {"transformers", "trl", "openai"},
     "report": {"rich", "jinja2", "markupsafe", "yaml"},
     "convert": {"yaml"},

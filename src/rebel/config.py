@@ -147,6 +147,26 @@ class RebelConfig:
     """Passed to the tokenizer's chat template."""
     sampling_batch: int = 64
     """Completions drawn at once by the sampler of this process; fixes the order of random numbers."""
+    sampler: Literal["generate", "vllm"] = "generate"
+    """Who draws: generate (the trainer's own model) or vllm, which gets the policy's weights before every use."""
+    vllm_mode: Literal["colocate", "server"] = "colocate"
+    """vLLM in this process, on its device, or as a server on another device or machine."""
+    vllm_server_base_url: str | None = None
+    """Address of the server, such as http://127.0.0.1:8000."""
+    vllm_weights_dir: str | None = None
+    """Folder through which a server gets the weights; it must see it under the same name. Unset: in output_dir."""
+    vllm_deadline: float = 240.0
+    """Seconds for any one answer of a server: that it is there, that it has the weights, a batch of completions."""
+    vllm_gpu_memory_utilization: float = 0.3
+    """Share of the device's memory for vLLM in this process: its weights, and keys and values."""
+    vllm_enable_sleep_mode: bool = True
+    """On a GPU, give the memory of vLLM in this process back while it does not draw."""
+    vllm_max_mismatch: float | None = None
+    """Stop when a token's log-probability by vLLM and by the trainer differ by more nats, measured on a probe whenever
+    weights were sent. Unset: 0.01, and 0.25 in 16 bits."""
+    one_step_ahead: bool = False
+    """Let a vLLM server draw for the next iteration while this one is trained: completions come from the policy of one
+    iteration before pi_t, which the regression allows."""
 
     # -- large batch ---------------------------------------------------------------------------------------
     rounds: int | None = None

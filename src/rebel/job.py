@@ -44,6 +44,7 @@ from rebel.rewards.functions import Notes, RewardFailed
 from rebel.rounds.rollouts import Prompts
 from rebel.samplers.generate import Generate
 from rebel.samplers.mixture import Mixture
+from rebel.samplers.server import PREFIX as SENT
 from rebel.settings import read_yaml, resolve
 from rebel.train import train
 from rebel.types import Prompt, Sampler
@@ -188,7 +189,7 @@ def push(job: Job) -> str:
     api = HfApi()
     repository = api.create_repo(name, exist_ok=True).repo_id
     ignore = ["checkpoint-*/*", *(f"{name}/*" for name in (BEST, ITERATES, ROUNDS))]
-    ignore += [FAILED, ANSWERS, JUDGED, OPPONENTS]
+    ignore += [FAILED, ANSWERS, JUDGED, OPPONENTS, f"{SENT}*/*"]
     return api.upload_folder(repo_id=repository, folder_path=job.recorder.folder, ignore_patterns=ignore)
 
 

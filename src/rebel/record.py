@@ -22,6 +22,7 @@ from rebel.iterates import Iterates
 from rebel.learner import Learner
 from rebel.report import Terminal, append_rows, truncate_after
 from rebel.rewards.functions import RewardFailed
+from rebel.samplers.server import PREFIX as SENT
 from rebel.settings import dump
 from rebel.signals import heeding_signals
 from rebel.trackers import Trackers
@@ -71,6 +72,12 @@ FREE = frozenset(
         "judge_concurrency",
         "judge_deadline",
         "mixture",
+        "vllm_server_base_url",
+        "vllm_weights_dir",
+        "vllm_deadline",
+        "vllm_gpu_memory_utilization",
+        "vllm_enable_sleep_mode",
+        "vllm_max_mismatch",
     ]
 )
 """Settings that may differ when a run is resumed: they do not change what is learnt."""
@@ -109,7 +116,8 @@ def clear(folder: Path) -> None:
     """Delete what a run of rebel left, and nothing else."""
     for name in (*LEFTOVERS, OPPONENTS, *MODEL):
         (folder / name).unlink(missing_ok=True)
-    for old in [*checkpoint.all_checkpoints(folder), folder / BEST, folder / ITERATES, folder / ROUNDS]:
+    weights = folder.glob(f"{SENT}*")
+    for old in [*checkpoint.all_checkpoints(folder), folder / BEST, folder / ITERATES, folder / ROUNDS, *weights]:
         shutil.rmtree(old, ignore_errors=True)
 
 

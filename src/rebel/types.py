@@ -178,7 +178,9 @@ class Sampler(Protocol[TraceOut]):
         """Make the sampler draw from the policy as it is now (weight synchronisation)."""
         ...
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Nothing is drawn for a while: memory that only drawing needs may be given back until it goes on."""
+        ...
 
 
 @runtime_checkable

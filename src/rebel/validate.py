@@ -66,6 +66,9 @@ BETWEEN: dict[str, tuple[Callable[[float], bool], str]] = {
     "replace_flat_groups": (_not_negative, "0 (never) or a positive factor"),
     "max_failed_rewards": (lambda share: 0 <= share <= 1, "a share from 0 to 1"),
     "judge_deadline": (_positive, "a positive number of seconds"),
+    "vllm_deadline": (_positive, "a positive number of seconds"),
+    "vllm_gpu_memory_utilization": (lambda share: 0 < share < 1, "a share between 0 and 1"),
+    "vllm_max_mismatch": (_positive, "a positive number of nats"),
     "learning_rate": (_not_negative, "0 or a positive number"),
     "warmup_steps": (_not_negative, "0 or more steps, or a share below 1"),
     "weight_decay": (_not_negative, "0 or more"),
@@ -94,6 +97,7 @@ OF_TEXT = (
     *("attn_implementation", "load_in_4bit", "offline", "data_completions", "data_columns", "judge", "eval_against"),
     *("missing_eos_penalty", "drop_truncated", "temperature", "max_completion_length", "eval_temperature", "mixture"),
     *("chat_template_kwargs", "rounds", "from_rollouts", "tokens_per_micro_batch", "max_prompt_length"),
+    *("sampler", "one_step_ahead"),
 )
 """Settings that mean something for a language model alone."""
 
@@ -113,7 +117,7 @@ def validate(config: RebelConfig, *, inputs: bool = True) -> RebelConfig:
 def validate_drawing(config: RebelConfig, *, prompts: bool = True) -> RebelConfig:
     """The settings of `rebel rollout`, checked: those of a run, of which it needs no reward and no length."""
     drawing = (_model, _prompts) if prompts else (_model,)
-    return _checked(config, (*drawing, _home, _counts, _ranges, _sampling, _precision, _adapter))
+    return _checked(config, (*drawing, _home, _counts, _ranges, _sampling, _precision, _adapter, _vllm))
 
 
 def validate_scoring(config: RebelConfig) -> RebelConfig:
@@ -407,6 +411,50 @@ def _judge(config: RebelConfig) -> Complaints:
         yield f"--{name} is for a judge behind an endpoint: use --judge openai:MODEL, or leave it out"
 
 
+def _vllm(config: RebelConfig) -> Complaints:
+    if config.sampler != "vllm":
+        yield from _no_vllm(config)
+        return
+    if config.load_in_4bit:
+        yield "--sampler vllm with --load_in_4bit: it is not sent weights of 4 bits; use --sampler generate"
+    if config.vllm_mode == "server":
+        yield from _vllm_server(config)
+    else:
+        for name in ("vllm_server_base_url", "vllm_weights_dir"):
+            if getattr(config, name) is not None:
+                yield f"{_said(config, name)} is for a server: add --vllm_mode server"
+
+
+def _no_vllm(config: RebelConfig) -> Complaints:
+    for name, value in vars(config).items():
+        if name.startswith("vllm_") and value != getattr(RebelConfig, name):
+            yield f"--{name} is for vLLM: add --sampler vllm"
+
+
+def _vllm_server(config: RebelConfig) -> Complaints:
+    address = config.vllm_server_base_url
+    if address is None:
+        yield "--vllm_mode server: where it is is not given; use --vllm_server_base_url, as in http://127.0.0.1:8000"
+    elif not re.fullmatch(r"https?://[^/@?]+(/[^@?]*)?", address):  # not shown: it may hold a key
+        yield "--vllm_server_base_url: an address such as http://127.0.0.1:8000 is expected, without a key"
+
+
+def _meanwhile(config: RebelConfig) -> Complaints:
+    if config.sampler == "vllm" and (config.offline or config.from_rollouts):
+        yield f"--sampler vllm with {'--offline' if config.offline else '--from_rollouts'}: nothing is drawn"
+    if not config.one_step_ahead:
+        return
+    if config.sampler != "vllm" or config.vllm_mode != "server":
+        yield "--one_step_ahead is for a vLLM server, which draws meanwhile: add --sampler vllm --vllm_mode server"
+    if config.rounds is not None:
+        yield "--one_step_ahead with --rounds: a round is drawn before anything is trained; use one of them"
+    if config.replace_flat_groups:
+        yield (
+            f"{_said(config, 'replace_flat_groups')} with --one_step_ahead: which prompts come next is not known "
+            "before this iteration is scored; use one of them"
+        )
+
+
 def _mixture(config: RebelConfig) -> Complaints:
     if config.mixture and config.average:
         yield f"{_said(config, 'mixture', 'average')}: both say what is evaluated; use one of them"
@@ -426,6 +474,6 @@ def _adapter(config: RebelConfig) -> Complaints:
 
 CHECKS = (
     *(_counts, _ranges, _eta, _sampling, _batch, _precision, _length, _no_large_batch, _evaluation, _folders),
-    *(_rewards, _judge, _mixture, _adapter, _data, _kind),
+    *(_rewards, _judge, _mixture, _adapter, _data, _kind, _vllm, _meanwhile),
 )
 INPUTS = (_given,)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -16,16 +15,15 @@ from transformers import PreTrainedTokenizerBase
 from rebel.algorithm import Objective, trace_weights
 from rebel.build.language import language_model
 from rebel.build.learner import build_learner
+from rebel.build.length import iterations_of
 from rebel.build.model import build_accelerator
 from rebel.build.online import PAIRINGS, Parts
-from rebel.build.rounds import in_rounds, iterations_of_rounds, round_size
 from rebel.build.subject import Data, Subject
 from rebel.config import RebelConfig
 from rebel.fit import Regression
 from rebel.iterates import FOLDER as ITERATES
 from rebel.iterates import Iterates
 from rebel.learner import Learner
-from rebel.offline.recorded import Groups
 from rebel.policies.causal_lm import LanguageModel
 from rebel.ppo_clip import ppo_clip
 from rebel.record import Recorder
@@ -34,7 +32,7 @@ from rebel.rewards.combine import Weighted
 from rebel.rewards.functions import Notes
 from rebel.trackers import Trackers, training_arguments
 from rebel.train import Hooks, Run
-from rebel.types import LogProb, Prompt
+from rebel.types import LogProb
 
 
 def build_run(config: RebelConfig, learner: Learner, reference: LogProb | None, parts: Parts, hooks: Hooks) -> Run:
@@ -63,17 +61,6 @@ def build_run(config: RebelConfig, learner: Learner, reference: LogProb | None, 
 def objective_of(config: RebelConfig) -> Objective:
     """The regression of REBEL, or what it is compared with."""
     return partial(ppo_clip, clip=config.clip_range) if config.algorithm == "ppo_clip" else trace_weights
-
-
-def iterations_of(config: RebelConfig, training: Sequence[Prompt] | Groups) -> int:
-    """Iterations of the run, from --rounds, --iterations, --num_train_epochs or --max_steps."""
-    if in_rounds(config) and not isinstance(training, Groups):
-        return iterations_of_rounds(config, round_size(config, training))
-    if config.iterations is not None:
-        return config.iterations
-    if config.num_train_epochs is not None:
-        return math.ceil(config.num_train_epochs * len(training) / config.prompts_per_iteration)
-    return math.ceil(config.max_steps / (config.steps_per_iteration * config.passes))
 
 
 @dataclass

@@ -90,7 +90,8 @@ class Material:
         if reward and seen:
             reward.check(seen)
         judge: Judge | None = judge_of_evaluation(config, notes, held)
-        return online_parts(config, learner, reward, (self.training, held), judge, iterates, say)
+        prompts = (self.training, held)
+        return online_parts(config, learner, reward, prompts, judge, iterates, say, notes.log_metric)
 
     def plan(
         self, config: RebelConfig, parts: Parts, iterations: int, world: int, memory: Memory, shared: bool
