@@ -14,7 +14,7 @@ import torch
 from accelerate import Accelerator
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.utils.logging import disable_progress_bar
-from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
+from peft import LoraConfig, PeftConfig, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -115,7 +115,7 @@ def add_lora(denoiser: Any, config: RebelConfig) -> None:
             raise RebelError(f"--lora_target_modules {' '.join(names)}: {reason}") from error
 
 
-def inject(lora: LoraConfig, denoiser: Any) -> None:
+def inject(lora: PeftConfig, denoiser: Any) -> None:
     """Put an adapter into the model, by diffusers where it knows how to."""
     if hasattr(denoiser, "add_adapter"):
         denoiser.add_adapter(lora)
