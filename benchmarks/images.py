@@ -166,6 +166,8 @@ def make(part: str, work: Path, share: str, forms: int) -> None:
     """The runs of every so many-th of the first forms that the file does not have yet."""
     number, of = map(int, share.split("/"))
     for form in FORMS[:forms][number::of]:
+        if part == "run" and not rows("tune", form.name):  # not tuned yet
+            continue
         for changes in points(form) if part == "tune" else [best(form)]:
             for seed in (TUNED_ON,) if part == "tune" else SEEDS:
                 if not there(part, form, seed, changes):
@@ -219,6 +221,11 @@ def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
     return fmean(values), stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
 
 
+def reported(form: Form) -> list[dict[str, Any]]:
+    """The runs of a form at its best point."""
+    return [row for row in rows("run", form.name) if row["changes"] == {**form.fixed, **best(form)}]
+
+
 def in_words(form: Form) -> str:
     point = best(form)
     value = f"clip {point['clip_range']:g}" if "clip_range" in point else f"eta {point['eta']:g}"
@@ -230,7 +237,7 @@ def table() -> list[str]:
     heads = [f"{what} at {budget:,}" for budget in BUDGETS for what in ("reward", "judge")]
     lines = ["| form | at | seeds | " + " | ".join(heads) + " |", "| --- | --- | --- |" + " --- |" * len(heads)]
     for form in FORMS:
-        found = [row for row in rows("run", form.name) if row["changes"] == {**form.fixed, **best(form)}]
+        found = reported(form)
         if not found:
             continue
         numbers = [
@@ -273,7 +280,7 @@ def jpeg_table() -> list[str]:
 def draw() -> None:
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.4))
     for form in FORMS:
-        found = [row for row in rows("run", form.name) if row["changes"] == {**form.fixed, **best(form)}]
+        found = reported(form)
         for axis, key in zip(axes, ("reward", "judge"), strict=True):
             samples = [point["samples"] for point in found[0]["curve"]] if found else []
             values = [mean_and_error([value_at(row, at, key) for row in found]) for at in samples]
