@@ -182,11 +182,11 @@ JPEG: dict[str, Any] = {
     "credit": "step",
     "num_generations": 8,
     "prompts_per_iteration": 16,
-    "learning_rate": 1e-3,
+    "learning_rate": 3e-4,
     "eta": 100.0,
     "track_kl": True,
 }
-PRICES = (0.0, 0.02, 0.05)
+PRICES = (0.05, 0.0)
 """beta, in kilobytes per nat."""
 
 
