@@ -88,9 +88,9 @@ def trainable(pipeline: DiffusionPipeline, config: RebelConfig) -> DiffusionPipe
     elif config.adapter:
         add_lora(denoiser, config)
     for name, weight in denoiser.named_parameters() if config.adapter else []:
-        if "lora_" in name:  # small steps vanish in bf16
+        if "lora_" in name:
             weight.requires_grad_(True)
-            weight.data = weight.data.float()
+            weight.data = weight.data.float() if weight.dtype in REDUCED else weight.data  # small steps vanish in bf16
     if config.gradient_checkpointing:
         denoiser.enable_gradient_checkpointing()
     return pipeline
