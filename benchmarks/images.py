@@ -272,7 +272,7 @@ def jpeg_table() -> list[str]:
         first, last = row["curve"][0], row["curve"][-1]
         lines.append(
             f"| {row['changes']['beta']:g} | {-first['reward']:.3f} | {-last['reward']:.3f} | {first['judge']:.3f} | "
-            f"{last['judge']:.3f} | {last['kl']:.0f} |"
+            f"{last['judge']:.3f} | {last['kl']:.1f} |"
         )
     return lines
 
