@@ -5,9 +5,11 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import diffusers
+import numpy as np
 import torch
 from diffusers import (
     AutoencoderKL,
@@ -33,6 +35,16 @@ from transformers import (
     T5Config,
     T5EncoderModel,
 )
+
+from rebel.build.images import build_image_job
+from rebel.build.job import Job
+from rebel.build.pipeline import build_pipeline
+from rebel.config import RebelConfig
+from rebel.job import carry_out
+from rebel.record import checkpoint_to_resume, claim_folder
+from rebel.rewards.combine import Weighted
+from rebel.rewards.functions import PerCompletion
+from rebel.types import Prompt
 
 diffusers.utils.logging.set_verbosity_error()
 WIDTH = 32
@@ -212,3 +224,59 @@ def pipeline(family: str, seed: int = 0) -> Any:
     """A random pipeline of that family, the same for the same seed."""
     torch.manual_seed(seed)
     return FAMILIES[family]()
+
+
+# -- whole runs -----------------------------------------------------------------------------------------------------
+
+SETTINGS: dict[str, Any] = {
+    "eta": 5.0,
+    "num_generations": 3,
+    "prompts_per_iteration": 4,
+    "steps_per_iteration": 2,
+    "num_iterations": 1,
+    "images_per_micro_batch": 4,
+    "sampling_batch": 6,
+    "iterations": 3,
+    "learning_rate": 1e-3,
+    "lora_r": 2,
+    "average": 0.0,
+    "eval_prompts": 2,
+    "eval_steps": 3,
+    "save_steps": 2,
+    "use_cpu": True,
+    "disable_tqdm": True,
+    "seed": 1,
+}
+TEXTS = ["a cat", "a dog", "the red house", "a small cat", "the dog", "a house on the house", "red", "small red dog"]
+
+
+def redness(images: list[Any], prompts: list[str], **columns: Any) -> list[float]:
+    """How much more red than blue an image is, in steps of brightness."""
+    means = [np.asarray(image, dtype=float).mean(axis=(0, 1)) for image in images]
+    return [float(mean[0] - mean[2]) for mean in means]
+
+
+def reward(completions: list[Any], prompts: list[str], **columns: Any) -> list[float]:
+    return redness(completions, prompts)
+
+
+def job(folder: Path, family: str = "sd15", reward: Any = reward, callbacks: Any = (), **settings: Any) -> Job:
+    """A run of a random pipeline in `folder`, ready to be carried out."""
+    own = {"denoising_steps": STEPS[family], "pipeline_name_or_path": saved(family), "output_dir": str(folder)}
+    config = RebelConfig(**{**SETTINGS, **own, **settings})
+    prompts = [Prompt(text) for text in TEXTS]
+    return build_image_job(
+        config,
+        build_pipeline(config),
+        lambda notes: Weighted([PerCompletion(reward, notes=notes)]),
+        (prompts[config.eval_prompts :], prompts[: config.eval_prompts]),
+        callbacks,
+    )
+
+
+def trained(folder: Path, resume: bool = False, **settings: Any) -> Job:
+    """The run in `folder`, carried out to its end or on from its last checkpoint."""
+    made = job(folder, resume_from_checkpoint=resume, **settings)
+    claim_folder(made.config, resume)
+    carry_out(made, checkpoint_to_resume(made.config))
+    return made

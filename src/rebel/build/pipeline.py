@@ -79,23 +79,29 @@ def add_lora(denoiser: Any, config: RebelConfig) -> None:
         lora_dropout=0.0,
         target_modules=linear if names == ["all-linear"] else names,
     )
-    try:
-        if hasattr(denoiser, "add_adapter"):
-            denoiser.add_adapter(lora)
-        else:
-            inject_adapter_in_model(lora, denoiser)
-            denoiser.peft_config = {"default": lora}
-    except ValueError as error:
-        reason = str(error).splitlines()[0]
-        raise RebelError(f"--lora_target_modules {' '.join(names)}: {reason}") from error
+    with torch.random.fork_rng():
+        torch.manual_seed(config.seed)
+        try:
+            inject(lora, denoiser)
+        except ValueError as error:
+            reason = str(error).splitlines()[0]
+            raise RebelError(f"--lora_target_modules {' '.join(names)}: {reason}") from error
+
+
+def inject(lora: LoraConfig, denoiser: Any) -> None:
+    """Put an adapter into the model, by diffusers where it knows how to."""
+    if hasattr(denoiser, "add_adapter"):
+        denoiser.add_adapter(lora)
+    else:
+        inject_adapter_in_model(lora, denoiser)
+        denoiser.peft_config = {"default": lora}
 
 
 def load_adapter(pipeline: Any, folder: Path) -> None:
     """Put a saved adapter into the pipeline."""
     if (folder / ADAPTER).exists():
         denoiser, lora = denoiser_of(pipeline)[1], LoraConfig.from_pretrained(str(folder))
-        inject_adapter_in_model(lora, denoiser)
-        denoiser.peft_config = {"default": lora}
+        inject(lora, denoiser)
         set_peft_model_state_dict(denoiser, load_file(folder / ADAPTER))
         return
     if not (folder / LORA).exists() or not hasattr(pipeline, "load_lora_weights"):
