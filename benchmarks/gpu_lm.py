@@ -8,7 +8,7 @@ The model has the shape of Llama-3-8B and random weights, made on the device. Gi
 tokens with 8 completions of 512 each) are scored, and one optimiser step is taken on them; then completions are drawn.
 TRL's GRPOTrainer gets the same completions through its `rollout_func`, without its reference model. Seconds are medians
 after a warm-up. A share is that of the matrix rate measured in the same run (bf16, 8,192 x 8,192 x 8,192), for the
-operations that no program can avoid: each prompt once, each completion once, the output layer where a token is predicted.
+operations that no program can avoid: prompts once, completions once, the output layer where tokens are predicted.
 
 Full training takes Adafactor: weights and gradients in bf16 are 32 GB, Adam's moments would be as much again.
 Each work is a process of its own with a limit of seconds; whatever fails is written down as its error.
@@ -218,7 +218,15 @@ def given(size: Size) -> list[tuple[list[int], list[list[int]]]]:
     return [(ids(size.prompt), [ids(size.completion) for _ in range(size.group)]) for _ in range(size.prompts)]
 
 
-def rebel(book: Notebook, size: Size, device: str, lora: bool, recompute: bool, folder: str) -> None:
+def packed(book: Notebook, size: Size, device: str, lora: bool, recompute: bool, folder: str) -> None:
+    """As rebel, with FlexAttention over one row of everything, which takes gradients on a GPU alone."""
+    if device == "cuda":
+        rebel(book, size, device, lora, recompute, folder, in_one_row=True)
+
+
+def rebel(
+    book: Notebook, size: Size, device: str, lora: bool, recompute: bool, folder: str, in_one_row: bool = False
+) -> None:
     """Score, update and draw as a run of rebel does."""
     from rebel import RebelConfig
     from rebel.algorithm import regress
@@ -236,6 +244,7 @@ def rebel(book: Notebook, size: Size, device: str, lora: bool, recompute: bool, 
         bf16=lora,
         optim="adamw_torch" if lora else "adafactor",
         gradient_checkpointing=recompute,
+        attn_implementation="flex_attention" if in_one_row else None,
         num_generations=size.group,
         learning_rate=1e-6,
         use_cpu=device == "cpu",
@@ -262,13 +271,17 @@ def rebel(book: Notebook, size: Size, device: str, lora: bool, recompute: bool, 
         learner.budget = budget
         return measured(action, size.repeats) | {"micro_batch": f"{budget} tokens"}
 
-    layout = "a prompt once" if policy.shared_prefix else "a prompt a completion"
-    with book.section("rebel", "scoring") as found:
-        found["layout"] = layout
-        found |= largest(size.budgets, lambda b: within(b, lambda: learner.score(learner.policy.log_prob, traces)))
-    with book.section("rebel", "training") as found:
-        found["layout"] = layout
-        found |= largest(size.budgets, lambda budget: within(budget, update))
+    def score() -> None:
+        learner.score(learner.policy.log_prob, traces)
+
+    who = "rebel, packed" if in_one_row else "rebel"
+    layout = "a prompt once" if policy.shared_prefix else "a prompt for each completion"
+    for what, action in (("scoring", score), ("training", update)):
+        with book.section(who, what) as found:
+            found["layout"] = layout
+            found |= largest(size.budgets, lambda budget, action=action: within(budget, action))
+    if in_one_row:
+        return
     sampler = Generate(learner.policy, size.drawn, 1.0, accelerator.autocast)
     prompts = [prompt for prompt, _ in given(size)]
     with book.section("rebel", "sampling") as found, torch.inference_mode(), accelerator.autocast():
@@ -411,7 +424,7 @@ def worker(work: str, size: Size, device: str, path: Path, limit: float) -> None
     book = Notebook(path, limit)
     lora, recompute = work.startswith("lora"), work.endswith("recomputed")
     with TemporaryDirectory() as folder:
-        for who in (rebel, trl):
+        for who in (rebel, trl, packed):
             try:
                 who(book, size, device, lora, recompute, folder)
             except Exception as error:

@@ -199,6 +199,8 @@ class RebelConfig:
     """Mixed precision on float16 (CUDA only)."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, a third more time."""
+    activation_offloading: bool = False
+    """Keep activations in the memory of the host until the backward pass. Needs a GPU."""
     early_stop: bool = False
     """Keep a share of each iteration's groups out of training; end its steps when the R^2 on them no longer rises."""
     held_out: float = 0.125
