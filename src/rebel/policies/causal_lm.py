@@ -99,7 +99,7 @@ class Scorer(nn.Module):
         softcap = getattr(self.causal.config.get_text_config(), "final_logit_softcapping", None)
         if softcap:
             logits = softcap * torch.tanh(logits / softcap)
-        return logits / self.temperature
+        return logits if self.temperature == 1 else logits / self.temperature
 
 
 class Former(nn.Module):
