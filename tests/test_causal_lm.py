@@ -18,6 +18,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import GenerationConfig, PreTrainedConfig
 from transformers.integrations import flex_attention
 from transformers.integrations.sdpa_attention import repeat_kv
+from trl.kernels import chunked_logprob
 
 from rebel.build import model as build_model
 from rebel.build.model import build_policy
@@ -195,6 +196,23 @@ def test_chunks_change_neither_values_nor_gradients(kind: str, monkeypatch: pyte
     assert len(one) == 1 and max(many) <= 5 and len(many) == 2 * -(-one[0] // 5)  # once more in the backward pass
     torch.testing.assert_close(chunked, logp, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(chunked_gradients, gradients, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "gemma2", "qwen3"])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_tiles_of_the_vocabulary_are_as_good_as_whole_logits(
+    kind: str, frozen: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(chunked_logprob, "TOKEN_CHUNK_SIZE", 7)
+    monkeypatch.setattr(module, "TOKEN_CHUNK_SIZE", 7)
+    results = []
+    for elements in (10**6, 7 * 9):  # tiles of 9 of the 56 words
+        monkeypatch.setitem(module.CHUNK_ELEMENTS, "cpu", elements)
+        policy = tiny.policy(kind, 0.8)
+        policy.bare.head.requires_grad_(not frozen)
+        assert len(tiny.traces()) and policy.bare.piece == elements // VOCABULARY
+        results.append(gradients(policy, tiny.traces()))
+    torch.testing.assert_close(results[1], results[0], rtol=2e-5, atol=2e-5)
 
 
 # -- a prompt shared by its completions ----------------------------------------------------------------------------

@@ -16,6 +16,8 @@ from torch.func import functional_call
 from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from trl.kernels import ChunkedLogProbFunction
+from trl.kernels.chunked_logprob import TOKEN_CHUNK_SIZE
 from trl.trainer.utils import use_adapter
 
 from rebel.errors import RebelError
@@ -75,11 +77,21 @@ class Scorer(nn.Module):
         return rows.places(self.causal)
 
     def chunked_logp(self, hidden: Float[Tensor, "K H"], targets: Int[Tensor, " K"]) -> Float[Tensor, " K"]:
-        """log pi of each target, in pieces: logits of one piece at a time, made again in the backward pass."""
+        """log pi of each target: logits of one piece at a time, made again in the backward pass."""
         if len(hidden) <= self.piece:  # one piece: holding it costs no more than the bound
             return self.token_logp(hidden, targets)
+        if type(self.head) is nn.Linear and hidden.dtype != torch.float64:  # TRL's pieces are in fp32
+            return self.tiled_logp(hidden, targets)
         pieces = zip(hidden.split(self.piece), targets.split(self.piece), strict=True)
         return torch.cat([checkpoint(self.token_logp, h, y, use_reentrant=False) for h, y in pieces])
+
+    def tiled_logp(self, hidden: Float[Tensor, "K H"], targets: Int[Tensor, " K"]) -> Float[Tensor, " K"]:
+        """The same in tiles of tokens and vocabulary, by TRL: in Triton on a GPU. The gradient is summed in place."""
+        tile = max(1, most_logits(hidden.device) // TOKEN_CHUNK_SIZE)
+        weight, bias = self.head.weight, self.head.bias
+        given = (hidden, weight, bias, targets, self.temperature, tile, self.softcap, 1.0, ())
+        found: Any = ChunkedLogProbFunction.apply(*given)
+        return found[0]
 
     @property
     def piece(self) -> int:
@@ -92,14 +104,23 @@ class Scorer(nn.Module):
 
     def logits(self, hidden: Float[Tensor, "K H"]) -> Float[Tensor, "K V"]:
         """Logits at the sampling temperature, in at least fp32."""
+        logits = self.head(hidden)
+        logits = logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
+        if self.softcap:
+            logits = self.softcap * torch.tanh(logits / self.softcap)
+        return logits if self.temperature == 1 else logits / self.temperature
+
+    @property
+    def head(self) -> nn.Module:
+        """The output layer."""
         head = self.causal.get_output_embeddings()
         assert head is not None, "a causal language model has an output layer"
-        logits = head(hidden)
-        logits = logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
-        softcap = getattr(self.causal.config.get_text_config(), "final_logit_softcapping", None)
-        if softcap:
-            logits = softcap * torch.tanh(logits / softcap)
-        return logits if self.temperature == 1 else logits / self.temperature
+        return head
+
+    @property
+    def softcap(self) -> float | None:
+        """The bound that some models put on their logits."""
+        return getattr(self.causal.config.get_text_config(), "final_logit_softcapping", None)
 
 
 class Former(nn.Module):
