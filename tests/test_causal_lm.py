@@ -296,7 +296,8 @@ def test_a_shared_prompt_goes_through_the_model_once() -> None:
     traces = [TokenTrace(tuple(range(10, 22)), (5, 6, 7 + k)) for k in range(8)]
     policy.log_prob(traces)
     assert seen == [12, 8 * 2], "the prompt, and all but the last token of every completion"
-    assert policy.cost(traces) == 12 + 8 * 3
+    assert replace(policy, copy_cost=0.0).cost(traces) == 12 + 8 * 3
+    assert policy.cost(traces) == 12 + 8 * 3 + round(8 * 12 * 32 / (160 + 128)), "and keys and values of 8 x 12 tokens"
     assert policy.cost([tiny.trace(2, 9), tiny.trace(7, 3, seed=1)]) == 22, "nothing to share: padded rows"
 
 

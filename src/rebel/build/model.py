@@ -108,7 +108,10 @@ def build_policy(model: LanguageModel, tokenizer: PreTrainedTokenizerBase, confi
             "--shared_prefix, and a model that transformers can give this attention and whose own has no windows; "
             "leave it out"
         )
-    return replace(policy, shared_prefix=shared, packed=packed, sparing=build_sparing(model, config))
+    copy_cost = 0.0 if config.gradient_checkpointing else policy.copy_cost  # which makes copies again, too
+    return replace(
+        policy, shared_prefix=shared, packed=packed, copy_cost=copy_cost, sparing=build_sparing(model, config)
+    )
 
 
 def build_sparing(model: LanguageModel, config: RebelConfig) -> Sparing:

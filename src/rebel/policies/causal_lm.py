@@ -25,13 +25,16 @@ from rebel.policies.rows import (
     Padded,
     Places,
     Rows,
+    copied,
     full_attention,
     packed,
     padded,
     rows,
     shared_prefix,
-    tokens,
+    shares,
+    tokens_apart,
     tokens_packed,
+    tokens_shared,
 )
 from rebel.policies.sparing import Sparing
 from rebel.types import Completion, Content, LogProb, Prompt, TokenTrace
@@ -152,6 +155,8 @@ class CausalLM:
     """Whether a prompt goes through the model once for all its completions in a micro-batch."""
     packed: bool = False
     """Whether it does so in one row without padding, by FlexAttention."""
+    copy_cost: float = 0.0
+    """What a backward pass keeps for the copied keys and values of a token, relative to all it keeps for one."""
     sparing: Sparing = nullcontext
     """How a backward pass keeps less in memory."""
 
@@ -209,8 +214,15 @@ class CausalLM:
         return kl.new_zeros(len(traces)).index_add(0, row, kl)[:, None]
 
     def cost(self, traces: Sequence[TokenTrace]) -> int:
-        """Tokens that go through the model for these traces in one micro-batch."""
-        return tokens_packed(traces) if self.packed else tokens(traces, self.shared_prefix)
+        """Tokens that go through the model for these traces in one micro-batch.
+
+        Copies of the keys and values of prompts count as the tokens that take as much memory.
+        """
+        if self.packed:
+            return tokens_packed(traces)
+        if not self.shared_prefix or not shares(traces):
+            return tokens_apart(traces)
+        return tokens_shared(traces) + round(self.copy_cost * copied(traces))
 
     def encode(self, prompt: Prompt) -> list[int]:
         """Token ids of a prompt: text as the tokenizer takes it, messages through the chat template."""
@@ -284,7 +296,14 @@ def causal_lm(
         tokenizer.pad_token = tokenizer.eos_token
     policy = CausalLM(Scorer(model, temperature), tokenizer, eos, chat_template_kwargs or {})
     check_head(policy)
-    return replace(policy, shared_prefix=shares_prefix(policy))
+    shape = model.config.get_text_config()
+    return replace(policy, shared_prefix=shares_prefix(policy), copy_cost=2 * shape.hidden_size / kept_of_token(shape))
+
+
+def kept_of_token(shape: Any) -> int:
+    """About how many numbers a layer keeps of a token for the backward pass."""
+    inner = getattr(shape, "intermediate_size", None) or 4 * shape.hidden_size
+    return 10 * shape.hidden_size + 4 * inner
 
 
 def ends_of_sequence(model: LanguageModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
 
 from rebel.types import TokenTrace
 
@@ -40,6 +41,32 @@ class Padded(NamedTuple):
         return Places(row, self.ids[row, column + 1], hidden[row, column])
 
 
+class BranchingLayer(DynamicLayer):
+    """Keys and values of prompts, kept once and repeated where a completion that goes on from them reads them."""
+
+    def __init__(self, keys: Tensor, values: Tensor, owner: Int[Tensor, " N"]) -> None:
+        super().__init__()
+        self.lazy_initialization(keys, values)
+        self.keys, self.values = keys, values
+        self.of_prompts, self.owner = (keys, values), owner
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """The keys and values of every completion behind those of its prompt. They are not kept."""
+        keys, values = self.of_prompts
+        keys, values = keys[self.owner], values[self.owner]
+        return torch.cat([keys, key_states], dim=-2), torch.cat([values, value_states], dim=-2)
+
+
+def branch(cache: DynamicCache, owner: Int[Tensor, " N"]) -> None:
+    """Go on from the prompts in a cache with completions of these prompts."""
+    layers: list[Any] = cache.layers
+    for index, layer in enumerate(layers):
+        if layer.__class__ is DynamicLayer:
+            layers[index] = BranchingLayer(layer.keys, layer.values, owner)
+        else:  # a window of tokens, which it moves itself
+            layer.batch_select_indices(owner)
+
+
 class SharedPrefix(NamedTuple):
     """Prompts, padded on the left, and completions, padded on the right, each with the index of its prompt.
 
@@ -62,7 +89,7 @@ class SharedPrefix(NamedTuple):
         before = self.after_prompts(causal, cache)[self.owner]
         hidden = before[:, None]
         if self.ids.shape[1] > 1:
-            cache.batch_select_indices(self.owner)
+            branch(cache, self.owner)
             hidden = torch.cat([hidden, self.within_completions(causal, cache)], dim=1)
         row, column = self.written.nonzero(as_tuple=True)
         return Places(row, self.ids[row, column], hidden[row, column])
@@ -158,10 +185,18 @@ def attended(real: Bool[Tensor, "N T"]) -> Int[Tensor, "N T"] | None:
     return None if bool(real.all()) else real.long()
 
 
-def tokens(traces: Sequence[TokenTrace], share: bool) -> int:
-    """Tokens, padding included, that go through the model for these traces together."""
-    apart = len(traces) * max(len(trace) for trace in traces)
-    return min(apart, tokens_shared(traces)) if share else apart
+def shares(traces: Sequence[TokenTrace]) -> bool:
+    """Whether fewer tokens, padding included, go through the model with every prompt once."""
+    return all(trace.prompt for trace in traces) and tokens_shared(traces) < tokens_apart(traces)
+
+
+def tokens_apart(traces: Sequence[TokenTrace]) -> int:
+    return len(traces) * max(len(trace) for trace in traces)
+
+
+def copied(traces: Sequence[TokenTrace]) -> int:
+    """Tokens of prompts whose keys and values are repeated for their completions, with every prompt once."""
+    return len(traces) * max(len(trace.prompt) for trace in traces)
 
 
 def tokens_shared(traces: Sequence[TokenTrace]) -> int:
@@ -171,11 +206,7 @@ def tokens_shared(traces: Sequence[TokenTrace]) -> int:
 
 def rows(traces: Sequence[TokenTrace], device: torch.device, share: bool) -> Rows:
     """The traces in the layout with fewer tokens."""
-    apart = len(traces) * max(len(trace) for trace in traces)
-    nothing_before = any(not trace.prompt for trace in traces)
-    if not share or nothing_before or tokens_shared(traces) >= apart:
-        return padded(traces, device)
-    return shared_prefix(traces, device)
+    return shared_prefix(traces, device) if share and shares(traces) else padded(traces, device)
 
 
 def tokens_packed(traces: Sequence[TokenTrace]) -> int:
