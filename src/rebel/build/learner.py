@@ -14,6 +14,7 @@ from transformers import (
 )
 
 from rebel.config import RebelConfig
+from rebel.errors import RebelError
 from rebel.learner import Learner, learner
 from rebel.policies.causal_lm import CausalLM
 
@@ -31,7 +32,10 @@ def build_learner(
     """The learner with the optimiser and schedule of these names."""
 
     def optimizer(weights: list[Tensor]) -> torch.optim.Optimizer:
-        kind, settings = Trainer.get_optimizer_cls_and_kwargs(arguments)
+        try:
+            kind, settings = Trainer.get_optimizer_cls_and_kwargs(arguments)
+        except (ImportError, ValueError) as error:  # its library is missing, or too old
+            raise RebelError(f"--optim {config.optim}: {error}") from error
         return kind(weights, weight_decay=config.weight_decay, **settings)
 
     warmup = config.warmup_steps
