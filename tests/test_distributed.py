@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import test_offline
 import tiny
+import tiny_images
 import torch
 from peft import LoraConfig, get_peft_model
 
@@ -42,11 +43,15 @@ RUNS: dict[str, dict[str, Any]] = {
         **{"prompts_per_iteration": 4, "steps_per_iteration": 2},
         **{"eval_against": "initial", "eval_judge": f"{tiny.__file__}:longer"},
     },
+    # denoising paths: groups that are split, with fillers; back-propagated step by step, each step a regression
+    "images": {"beta": 0.05, "credit": "step", "images_per_micro_batch": 2, "prompts_per_iteration": 3},
 }
 COMMON: dict[str, Any] = {"iterations": 2, "save_steps": 1, "eval_steps": 1}
 
 
 def start(name: str) -> Any:
+    if name == "images":
+        return tiny_images.job(Path("unused")).recorder.learner.module
     if name != "lora":
         return tiny.small()
     torch.manual_seed(3)
@@ -55,7 +60,10 @@ def start(name: str) -> Any:
 
 def carried_out(name: str, folder: Path) -> dict[str, Any]:
     """What a run has learnt and measured."""
-    made = offline(folder) if name == "offline" else tiny.trained(folder, lm=start(name), **COMMON | RUNS[name])
+    if name == "images":
+        made = tiny_images.trained(folder, **COMMON | RUNS[name])
+    else:
+        made = offline(folder) if name == "offline" else tiny.trained(folder, lm=start(name), **COMMON | RUNS[name])
     learner = made.recorder.learner
     return {"weights": tiny.weights(made), "averaged": learner.averaged, "steps": learner.steps}
 

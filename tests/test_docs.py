@@ -97,7 +97,8 @@ def options() -> set[str]:
     commands = (["train"], ["rollout"], ["score", "ROLLOUTS"], ["sample", "RUN", "--prompt", "x"], ["quickstart"])
     commands = (*commands, ["sft"], ["reward-model"], ["evaluate", "RUN", "--judge", "x"])
     ours = {name for words in commands for name in parse(words).options}
-    return ours | {"help", "version"}
+    of_vllm = {"host", "port", "model", "dtype", "enforce_eager", "load_format", "served_model_name"}
+    return ours | {"help", "version"} | of_vllm
 
 
 # -- coming from TRL -----------------------------------------------------------------------------------------------

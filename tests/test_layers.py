@@ -16,8 +16,8 @@ import rebel
 ROOT = Path(rebel.__file__).parent
 
 ORDER = """
-    types errors
-    pairing algorithm margins
+    types errors seeds
+    pairing algorithm margins credit ppo_clip
     stepsize data winrates iterates evaluate report rewards policies samplers micro_batches learner
     against measures way checkpoint collect evaluators fit
     train
@@ -37,7 +37,10 @@ PURE = {"jaxtyping", "torch"}
 FOREIGN = {
     "types": PURE,
     "errors": set(),
+    "seeds": set(),
     "pairing": PURE,
+    "credit": PURE,
+    "ppo_clip": PURE,
     "algorithm": PURE,
     "margins": PURE,
     "stepsize": set(),
@@ -58,8 +61,8 @@ FOREIGN = {
     "checkpoint": {"torch", "numpy", "safetensors"},
     "data": {"torch", "datasets"},
     "iterates": {"torch", "safetensors"},
-    "policies": PURE | {"transformers", "peft", "trl"},
-    "samplers": PURE | {"transformers"},
+    "policies": PURE | {"transformers", "peft", "trl", "diffusers"},
+    "samplers": PURE | {"transformers", "peft", "numpy", "safetensors", "httpx", "packaging"},
     "rewards": PURE | {"transformers", "trl", "openai"},
     "report": {"rich", "jinja2", "markupsafe", "yaml"},
     "convert": {"yaml"},

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -293,6 +294,14 @@ def test_a_folder_that_holds_another_run_is_refused_and_only_cleared_when_asked(
     claim_folder(again.config, resume=False)
     assert mine.exists() and not checkpoint.all_checkpoints(made.recorder.folder)
     assert not (tmp_path / "metrics.jsonl").exists()
+
+
+def test_a_model_that_no_run_made_is_not_written_over(tmp_path: Path) -> None:
+    made = tiny.job(tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(RebelError, match=r"holds a model that is not of `rebel train` \(config.json\); name another"):
+        claim_folder(replace(made.config, overwrite_output_dir=True), resume=False)
+    assert (tmp_path / "config.json").read_text() == "{}"
 
 
 def test_a_checkpoint_appears_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -605,6 +605,10 @@ def test_the_stages_by_themselves_are_the_run_in_one_process(
     assert bytes_of(rollouts) == before
     said = rebel(capsys, "score", rollouts, "--reward_funcs", files / "even.py:odd", code=2)
     assert "has rewards of 1 x" in said and "delete that folder to score anew" in said
+    named_alike = files / "even.py"
+    named_alike.write_text(named_alike.read_text() + "# another edition\n")
+    said = rebel(capsys, "score", rollouts, "--reward_funcs", f"{named_alike}:even", code=2)
+    assert "has rewards of 1 x" in said and "(edition " in said
     said = rebel(capsys, "rollout", yaml, "--to", rollouts, "--temperature", "0.7", code=2)
     assert "holds other rollouts: --temperature 1.0, not 0.7." in said
 

@@ -126,7 +126,7 @@ def test_defaults_are_not_shared_between_runs():
         ("qqqq", "--qqqq is not known; --help lists what is"),
         ("epsilon", "--epsilon is not a setting of REBEL: a regression clips no ratio"),
         ("epsilon_high", "clips no ratio"),
-        ("vllm_gpu_memory_utilization", "completions are drawn in the training process"),
+        ("vllm_server_port", "use --vllm_server_base_url"),
         ("num_ppo_epochs", "--iterations, --num_train_epochs or --max_steps"),
     ],
 )
@@ -393,3 +393,46 @@ def test_the_translation_is_trls_own():
         config, _ = translate_batch(resolve(RUN, given), theirs.world_size)
         assert config.prompts_per_iteration * 2 == theirs.generation_batch_size
         assert config.steps_per_iteration * accumulation == theirs.steps_per_generation
+
+
+# vLLM
+
+SERVER = {"sampler": "vllm", "vllm_mode": "server", "vllm_server_base_url": "http://127.0.0.1:8000"}
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"vllm_deadline": 5.0}, "--vllm_deadline is for vLLM: add --sampler vllm"),
+        ({"sampler": "vllm", "vllm_deadline": 0.0}, "--vllm_deadline 0: use a positive number of seconds"),
+        ({"sampler": "vllm", "vllm_gpu_memory_utilization": 1.5}, "use a share between 0 and 1"),
+        ({"sampler": "vllm", "vllm_max_mismatch": -1.0}, "use a positive number of nats"),
+        ({"sampler": "vllm", "vllm_server_base_url": "http://x"}, "is for a server: add --vllm_mode server"),
+        ({"sampler": "vllm", "vllm_weights_dir": "x"}, "--vllm_weights_dir x is for a server"),
+        ({"sampler": "vllm", "vllm_mode": "server"}, "where it is is not given; use --vllm_server_base_url"),
+        (SERVER | {"vllm_server_base_url": "host:8000"}, "an address such as http://127.0.0.1:8000 is expected"),
+        (SERVER | {"vllm_server_base_url": "http://key@host"}, "is expected, without a key"),
+        ({"sampler": "vllm", "use_peft": True, "load_in_4bit": True}, "--sampler vllm with --load_in_4bit"),
+        ({"sampler": "vllm", "offline": True}, "--sampler vllm with --offline: nothing is drawn"),
+        ({"sampler": "vllm", "from_rollouts": "x", "iterations": None}, "with --from_rollouts: nothing is drawn"),
+        ({"one_step_ahead": True}, "add --sampler vllm --vllm_mode server"),
+        ({"sampler": "vllm", "one_step_ahead": True}, "add --sampler vllm --vllm_mode server"),
+        (SERVER | {"one_step_ahead": True, "rounds": 1, "iterations": None}, "--one_step_ahead with --rounds"),
+        (SERVER | {"one_step_ahead": True, "replace_flat_groups": 1.0}, "which prompts come next is not known"),
+        ({"sampler": "vllm", "top_p": 0.9}, "--top_p 0.9 is refused"),
+        (
+            {"sampler": "vllm", "model_name_or_path": None, "pipeline_name_or_path": "p"},
+            "--sampler vllm is for language models and has no meaning for images; leave it out",
+        ),
+    ],
+)
+def test_settings_of_vllm_that_make_no_sense(given: dict[str, Any], words: str):
+    run = {"model_name_or_path": "m", "dataset_name": "d", "reward_funcs": ["f"], "iterations": 1}
+    with pytest.raises(RebelError, match=re.escape(words)):
+        validate(RebelConfig(**{**run, **given}))
+
+
+def test_settings_of_vllm_that_do():
+    run = {"model_name_or_path": "m", "dataset_name": "d", "reward_funcs": ["f"], "iterations": 1}
+    validate(RebelConfig(**run, **SERVER, one_step_ahead=True, vllm_weights_dir="x", vllm_deadline=3.0))
+    validate(RebelConfig(**run, sampler="vllm", vllm_gpu_memory_utilization=0.5, vllm_max_mismatch=0.1))

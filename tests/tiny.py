@@ -193,5 +193,5 @@ def weights(made: Job) -> list[torch.Tensor]:
 
 def rows(folder: Path) -> list[dict[str, Any]]:
     """What was measured, but for the times."""
-    timed = ("seconds/", "tokens_per_second")
+    timed = ("seconds/", "tokens_per_second", "images_per_second")
     return [{k: v for k, v in row.items() if not k.startswith(timed)} for row in read_rows(folder / "metrics.jsonl")]

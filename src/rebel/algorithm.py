@@ -12,12 +12,19 @@ with the exact minimiser pi(y|x) proportional to pi_t(y|x) * exp(eta' * r~(x, y)
 
 Spellings of eta. The paper's loss, and this one, is (D / eta - R)^2 with D the difference of log-ratios and R that
 of rewards; a large eta is a long step. The authors' code for language models minimises (D - eta * R)^2, which is
-eta^2 times the paper's loss; their code for images minimises (rebel_lr * D - R)^2, so rebel_lr = 1 / eta. What is
-back-propagated here is eta' * loss: its gradient at the anchor does not depend on eta.
+eta^2 times the paper's loss; their code for images minimises (rebel_lr * D - R)^2, so rebel_lr = 1 / eta, with D a
+mean over the latent dimensions where it is a sum here. What is back-propagated here is eta' * loss: its gradient at
+the anchor does not depend on eta.
+
+Columns. Log-probabilities have shape (N,): one regression, of the whole trajectory, which is the paper's. Or they have
+shape (N, C), the steps of a trajectory: then every step has a regression of its own onto the same margins, with C times
+its log-ratio for that of the trajectory, and the loss is the mean over steps. By Jensen's inequality it is at least the
+trajectory's loss at the same eta, and zero only where that is zero too. It is not the paper's.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -27,11 +34,14 @@ from torch import Tensor
 
 from rebel.types import Pairing, RegressionBatch, Scored, Trace
 
-Weigh = Callable[[Sequence[int], Float[Tensor, " N"]], Float[Tensor, " N"]]
+Weigh = Callable[[Sequence[int], Float[Tensor, "N *C"]], Float[Tensor, "N *C"]]
 """The pull on each trace of some groups of a minibatch, given by their places in it, at their log-probabilities."""
 
-Update = Callable[[Sequence[Sequence[Trace]], Weigh], Float[Tensor, " N"]]
+Update = Callable[[Sequence[Sequence[Trace]], Weigh], Float[Tensor, "N *C"]]
 """One optimiser step along sum(c * grad logp); returns the log-probabilities from before the step."""
+
+Objective = Callable[[Float[Tensor, "G *C"], RegressionBatch, float], Float[Tensor, "G *C"]]
+"""c of one prompt's completions, at their log-probabilities and the step eta'. REBEL's is `trace_weights`."""
 
 
 def step_size(eta: float, beta: float, kl: str = "proximal") -> float:
@@ -44,8 +54,8 @@ def step_size(eta: float, beta: float, kl: str = "proximal") -> float:
 def regression_batch(
     scored: Scored[Trace],
     pairing: Pairing,
-    anchor_logp: Float[Tensor, " G"],
-    reference_logp: Float[Tensor, " G"] | None = None,
+    anchor_logp: Float[Tensor, "G *C"],
+    reference_logp: Float[Tensor, "G *C"] | None = None,
     beta: float = 0.0,
     prompts: int = 1,
 ) -> RegressionBatch[Trace]:
@@ -55,7 +65,7 @@ def regression_batch(
     left, right = pairs.unbind(dim=1)
     margin = margins[left, right]
     if reference_logp is not None and beta:
-        log_ratio = anchor_logp - reference_logp
+        log_ratio = total(anchor_logp - reference_logp)
         margin = margin - beta * (log_ratio[left] - log_ratio[right])
     weight = torch.full_like(margin, 1.0 / (prompts * max(len(pairs), 1)))
     return RegressionBatch(tuple(scored.rollout.traces), anchor_logp, pairs, margin, weight)
@@ -74,32 +84,47 @@ def collate(batches: Sequence[RegressionBatch[Trace]]) -> RegressionBatch[Trace]
     )
 
 
-def residuals(logp: Float[Tensor, " N"], batch: RegressionBatch, step: float) -> Float[Tensor, " M"]:
+def total(logp: Float[Tensor, "N *C"]) -> Float[Tensor, " N"]:
+    """log pi(y|x) of whole trajectories: the sum of their columns."""
+    return logp.flatten(1).sum(dim=1) if logp.ndim > 1 else logp
+
+
+def mean_column(values: Float[Tensor, "M *C"]) -> Float[Tensor, " M"]:
+    return values.flatten(1).mean(dim=1) if values.ndim > 1 else values
+
+
+def residuals(logp: Float[Tensor, "N *C"], batch: RegressionBatch, step: float) -> Float[Tensor, "M *C"]:
     """e_i - e_j of every pair: how far the policy's log-ratios are from explaining the margins."""
-    log_ratio = logp - batch.anchor_logp
+    log_ratio = (logp - batch.anchor_logp) * math.prod(logp.shape[1:])
     left, right = batch.pairs.unbind(dim=1)
-    return (log_ratio[left] - log_ratio[right]) / step - batch.margin
+    return (log_ratio[left] - log_ratio[right]) / step - along(batch.margin, logp)
 
 
-def rebel_loss(logp: Float[Tensor, " N"], batch: RegressionBatch, step: float) -> Float[Tensor, ""]:
+def along(values: Float[Tensor, " M"], logp: Float[Tensor, "N *C"]) -> Float[Tensor, "M *C"]:
+    """The values, the same for every column of `logp`."""
+    return values.reshape(-1, *[1] * (logp.ndim - 1)).expand(-1, *logp.shape[1:])
+
+
+def rebel_loss(logp: Float[Tensor, "N *C"], batch: RegressionBatch, step: float) -> Float[Tensor, ""]:
     """The paper's loss (its equation 9 up to the choice of pairs), in squared units of the reward."""
-    return (batch.weight * residuals(logp, batch, step).square()).sum()
+    return (batch.weight * mean_column(residuals(logp, batch, step).square())).sum()
 
 
-def trace_weights(logp: Float[Tensor, " N"], batch: RegressionBatch, step: float) -> Float[Tensor, " N"]:
+def trace_weights(logp: Float[Tensor, "N *C"], batch: RegressionBatch, step: float) -> Float[Tensor, "N *C"]:
     """c with d(eta' * loss)/d theta = sum_i c_i * grad log pi_theta(y_i|x).
 
     For all pairs of one prompt c_i = 4 / (G - 1) * (e_i - mean e). As numbers they let every trace be
-    back-propagated by itself: no pair has to share a micro-batch.
+    back-propagated by itself: no pair has to share a micro-batch. The C of the mean over columns and the C in a
+    column's residual cancel.
     """
-    pull = 2.0 * batch.weight * residuals(logp, batch, step)
+    pull = 2.0 * along(batch.weight, logp) * residuals(logp, batch, step)
     left, right = batch.pairs.unbind(dim=1)
     return torch.zeros_like(logp).index_add(0, left, pull).index_add(0, right, -pull)
 
 
-def explained(logp: Float[Tensor, " N"], batch: RegressionBatch, step: float) -> Float[Tensor, " 2"]:
+def explained(logp: Float[Tensor, "N *C"], batch: RegressionBatch, step: float) -> Float[Tensor, " 2"]:
     """(residual, total) sums of squares of the regression; R^2 = 1 - residual / total once pooled over prompts."""
-    residual = batch.weight * residuals(logp, batch, step).square()
+    residual = batch.weight * mean_column(residuals(logp, batch, step).square())
     return torch.stack([residual.sum(), (batch.weight * batch.margin.square()).sum()])
 
 
@@ -109,7 +134,7 @@ class Fit:
 
     groups: tuple[int, ...]
     batch: RegressionBatch
-    logp: Float[Tensor, " N"]
+    logp: Float[Tensor, "N *C"]
     fresh: bool
 
 
@@ -121,8 +146,9 @@ def regress(
     pairing: Pairing,
     step: float,
     beta: float = 0.0,
-    anchor: dict[int, Float[Tensor, " G"]],
-    reference: Mapping[int, Float[Tensor, " G"]],
+    anchor: dict[int, Float[Tensor, "G *C"]],
+    reference: Mapping[int, Float[Tensor, "G *C"]],
+    objective: Objective = trace_weights,
 ) -> Iterator[Fit]:
     """theta_{t+1} = argmin of the loss: one optimiser step for each minibatch of whole groups, in their order.
 
@@ -132,21 +158,21 @@ def regress(
     seen: set[int] = set()
     for chosen in minibatches:
 
-        def batch(places: Sequence[int], logp: Tensor, chosen: Sequence[int] = chosen) -> RegressionBatch:
+        def problems(
+            places: Sequence[int], logp: Tensor, chosen: Sequence[int] = chosen
+        ) -> list[tuple[RegressionBatch, Tensor]]:
             members = [chosen[place] for place in places]
-            now = dict(zip(members, logp.split([len(groups[i].rollout.completions) for i in members]), strict=True))
-            return collate(
-                [
-                    regression_batch(groups[i], pairing, anchor.get(i, now[i]), reference.get(i), beta, len(chosen))
-                    for i in members
-                ]
-            )
+            now = logp.split([len(groups[i].rollout.completions) for i in members])
+            return [
+                (regression_batch(groups[i], pairing, anchor.get(i, own), reference.get(i), beta, len(chosen)), own)
+                for i, own in zip(members, now, strict=True)
+            ]
 
-        def weigh(places: Sequence[int], logp: Tensor, batch: Callable = batch) -> Tensor:
-            return trace_weights(logp, batch(places, logp), step)
+        def weigh(places: Sequence[int], logp: Tensor, problems: Callable = problems) -> Tensor:
+            return torch.cat([objective(own, batch, step) for batch, own in problems(places, logp)])
 
         logp = update([groups[i].rollout.traces for i in chosen], weigh)
-        whole = batch(range(len(chosen)), logp)
+        whole = collate([batch for batch, _ in problems(range(len(chosen)), logp)])
         sizes = [len(groups[i].rollout.completions) for i in chosen]
         for i, own in zip(chosen, logp.split(sizes), strict=True):
             anchor.setdefault(i, own)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
@@ -92,6 +94,65 @@ class Online:
             )
 
 
+@dataclass(frozen=True, slots=True)
+class Ahead:
+    """While an iteration is trained the completions of the next one are drawn: by pi_{t-1}, where pi_t is the anchor.
+
+    The regression holds for any sampling distribution, without importance weights. The first iteration of a run, or
+    of one that is resumed, has nothing drawn before it and draws from pi_t itself. The sampler must draw from the
+    policy as it was at the last `refresh`, by means that training does not use.
+    """
+
+    source: Source
+    prompts: int
+    iterations: int
+    drawing: dict[int, Future[list[Rollout]]] = field(default_factory=dict)
+
+    def __call__(self, learner: Learner, progress: Progress, seed: int, watch: Watch) -> Drawn:
+        began = time.perf_counter()
+        with watch.phase("sampling", self.prompts * self.source.group_size) as done:
+            rollouts = self.rollouts(progress, seed, watch, done)
+        following = progress.iteration + 1
+        if following < self.iterations:
+            taken = progress.prompts_taken + self.prompts
+            self.drawing[following] = in_background(lambda: self.draw(taken, seed_of(seed, 1), watch))
+        drew = time.perf_counter()
+        groups = scored(self.source, rollouts, self.prompts)
+        took = time.perf_counter() - drew
+        return Drawn(groups, self.source.regressed(groups), drew - began, took, tokens=0)
+
+    def rollouts(self, progress: Progress, seed: int, watch: Watch, done: Callable[[int], None]) -> list[Rollout]:
+        """Those of this iteration. Afterwards the sampler has the policy as it is now, and nothing to do."""
+        drawn_before = self.drawing.pop(progress.iteration, None)
+        if drawn_before is None:
+            self.source.sampler.refresh()
+            return self.draw(progress.prompts_taken, seed_of(seed, 0), watch, done)
+        rollouts = drawn_before.result()
+        done(self.prompts * self.source.group_size)
+        if progress.iteration + 1 < self.iterations:
+            self.source.sampler.refresh()
+        return rollouts
+
+    def draw(
+        self, start: int, seed: int, watch: Watch, done: Callable[[int], None] = lambda count: None
+    ) -> list[Rollout]:
+        return draw(self.source, self.source.stream.take(start, self.prompts), seed, watch.stop, done)
+
+
+def in_background(work: Callable[[], list[Rollout]]) -> Future[list[Rollout]]:
+    """What `work` is going to return or raise, from a thread that an exit does not wait for."""
+    future: Future[list[Rollout]] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(work())
+        except BaseException as failure:  # to be raised by whoever asks for the result
+            future.set_exception(failure)
+
+    threading.Thread(target=run, name="rebel-ahead", daemon=True).start()
+    return future
+
+
 def collect(
     source: Source,
     start: int,
@@ -109,8 +170,8 @@ def collect(
     wanted = prompts
     while wanted:
         asked = source.stream.take(start + len(groups), wanted)
-        new, drew, scored = score_chunks(source, asked, seed_of(seed, len(groups)), stop, done)
-        groups, sampling, scoring = groups + new, sampling + drew, scoring + scored
+        new, drew, took = score_chunks(source, asked, seed_of(seed, len(groups)), stop, done)
+        groups, sampling, scoring = groups + new, sampling + drew, scoring + took
         kept = source.regressed(groups)
         fit = sum(not flat(group) for group in kept)
         wanted = min(prompts - fit, most - len(groups)) if replace_flat else 0
@@ -127,10 +188,16 @@ def score_chunks(
     """The scored groups of these prompts, with the seconds of sampling and of scoring."""
     began = time.perf_counter()
     rollouts = draw(source, prompts, seed, stop, done)
+    source.sampler.close()  # a reward model may need the memory
     drew = time.perf_counter()
+    groups = scored(source, rollouts, len(prompts))
+    return groups, drew - began, time.perf_counter() - drew
+
+
+def scored(source: Source, rollouts: Sequence[Rollout], prompts: int) -> list[Scored]:
+    """The groups of all `prompts` from this process's rollouts, and those of the others."""
     own = together(source.world, lambda: source.reward(rollouts) if rollouts else [])
-    scored = gather([penalise_unfinished(group, source.penalty) for group in own], source, len(prompts))
-    return scored, drew - began, time.perf_counter() - drew
+    return gather([penalise_unfinished(group, source.penalty) for group in own], source, prompts)
 
 
 def draw(

@@ -14,14 +14,18 @@ class RebelConfig:
     # -- model ---------------------------------------------------------------------------------------------
     model_name_or_path: str | None = None
     """Hugging Face name or folder of the causal language model to tune."""
+    pipeline_name_or_path: str | None = None
+    """Hugging Face name or folder of the pipeline of diffusers to tune, in place of a language model."""
     dtype: str = "auto"
-    """Type of the weights: float32, bfloat16, float16, or auto: fp32 if trained whole, as saved below an adapter."""
+    """Type of the weights: float32, bfloat16, float16, or auto: fp32 if trained whole, as saved below an adapter.
+    For a pipeline, auto is bfloat16 below an adapter on a GPU, and float32 otherwise."""
     attn_implementation: str | None = None
     """Attention of transformers: sdpa, eager, flash_attention_2, ..."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Off unless you ask for it."""
-    use_peft: bool = False
-    """Train a LoRA adapter instead of all weights; the reference is then the model without it, at no cost."""
+    use_peft: bool | None = None
+    """Train a LoRA adapter instead of all weights; the reference is then the model without it, at no cost.
+    Unset: for a pipeline only."""
     lora_r: int = 16
     """Rank of the adapter."""
     lora_alpha: int = 32
@@ -143,6 +147,26 @@ class RebelConfig:
     """Passed to the tokenizer's chat template."""
     sampling_batch: int = 64
     """Completions drawn at once by the sampler of this process; fixes the order of random numbers."""
+    sampler: Literal["generate", "vllm"] = "generate"
+    """Who draws: generate (the trainer's own model) or vllm, which gets the policy's weights before every use."""
+    vllm_mode: Literal["colocate", "server"] = "colocate"
+    """vLLM in this process, on its device, or as a server on another device or machine."""
+    vllm_server_base_url: str | None = None
+    """Address of the server, such as http://127.0.0.1:8000."""
+    vllm_weights_dir: str | None = None
+    """Folder through which a server gets the weights; it must see it under the same name. Unset: in output_dir."""
+    vllm_deadline: float = 240.0
+    """Seconds for any one answer of a server: that it is there, that it has the weights, a batch of completions."""
+    vllm_gpu_memory_utilization: float = 0.3
+    """Share of the device's memory for vLLM in this process: its weights, and keys and values."""
+    vllm_enable_sleep_mode: bool = True
+    """On a GPU, give the memory of vLLM in this process back while it does not draw."""
+    vllm_max_mismatch: float | None = None
+    """Stop when a token's log-probability by vLLM and by the trainer differ by more nats, measured on a probe whenever
+    weights were sent. Unset: 0.01, and 0.25 in 16 bits."""
+    one_step_ahead: bool = False
+    """Let a vLLM server draw for the next iteration while this one is trained: completions come from the policy of one
+    iteration before pi_t, which the regression allows."""
 
     # -- large batch ---------------------------------------------------------------------------------------
     rounds: int | None = None
@@ -155,6 +179,30 @@ class RebelConfig:
     """Regress the rollouts of this folder, which `rebel rollout` draws and `rebel score` scores, in one round."""
     shard_prompts: int = 64
     """Prompts of one file of rollouts, which is also what an interruption may cost; fixes the random numbers."""
+
+    # -- images --------------------------------------------------------------------------------------------
+    denoising_steps: int = 10
+    """Denoising steps of an image, in training and in evaluation."""
+    guidance_scale: float | None = None
+    """Guidance by the prompt. Unset: the pipeline's own default."""
+    noise_level: float | None = None
+    """Noise of the steps: eta of DDIM (unset: 1), a of the stochastic flow of SD3 and FLUX (unset: 0.7)."""
+    noise_floor: float = 0.0
+    """Least noise of a step, in units of the latents. At 0 a step without noise, mostly the last, is not scored."""
+    image_size: int | None = None
+    """Height and width in pixels. Unset: the pipeline's own."""
+    same_noise: bool = False
+    """Begin all images of a prompt at the same noise; those of the next prompt at another."""
+    credit: Literal["trajectory", "step"] = "trajectory"
+    """What a reward is credited to: the whole denoising path, as in the paper, or each step by its own regression."""
+    algorithm: Literal["rebel", "ppo_clip"] = "rebel"
+    """rebel, or to compare with it PPO's clipped objective on the denoising steps (DDPO), which has no eta."""
+    clip_range: float = 0.2
+    """With ppo_clip: how far the probability ratio of a step may go from 1."""
+    images_per_micro_batch: int = 4
+    """Images that go through the pipeline at once, to draw and to train; sets the memory, never the result."""
+    judge_funcs: list[str] = field(default_factory=list)
+    """Judges of images that are never the reward: functions as for reward_funcs, evaluated beside it."""
 
     # -- batch and optimisation ----------------------------------------------------------------------------
     prompts_per_iteration: int = 32
@@ -278,6 +326,12 @@ class RebelConfig:
         """num_iterations, or what it is unset."""
         once = self.offline or self.rounds is not None or self.from_rollouts is not None
         return (1 if once else 4) if self.num_iterations is None else self.num_iterations
+
+    @property
+    def adapter(self) -> bool:
+        """Whether an adapter is trained, and not all weights."""
+        asked = bool(self.pipeline_name_or_path) if self.use_peft is None else self.use_peft
+        return asked or bool(self.adapter_path)
 
     @property
     def best_metric(self) -> str:

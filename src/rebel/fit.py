@@ -12,7 +12,16 @@ import torch
 from torch import Tensor
 
 from rebel import measures
-from rebel.algorithm import Fit, collate, explained, regress, regression_batch
+from rebel.algorithm import (
+    Fit,
+    Objective,
+    collate,
+    explained,
+    regress,
+    regression_batch,
+    total,
+    trace_weights,
+)
 from rebel.data import shuffled
 from rebel.learner import Learner
 from rebel.stepsize import StepRule
@@ -24,7 +33,10 @@ Phase = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
 
 @dataclass(frozen=True, slots=True)
 class Regression:
-    """How an iteration regresses: minibatches of whole groups, pairs, step and price of the KL."""
+    """How an iteration regresses: minibatches of whole groups, pairs, step and price of the KL.
+
+    With another objective than REBEL's nothing is regressed, and no fit is measured.
+    """
 
     steps: int
     passes: int
@@ -32,6 +44,11 @@ class Regression:
     step_rule: StepRule
     beta: float = 0.0
     held_out: float = 0.0
+    objective: Objective = trace_weights
+
+    @property
+    def regresses(self) -> bool:
+        return self.objective is trace_weights
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,11 +89,10 @@ def fit(
     after = score(learner, learner.policy.log_prob, groups, probe)
     ended = time.perf_counter()
     return {
-        **measures.of_fits(fits, problem.step),
-        **of_probe(problem, how, probe, after, in_sample=not held),
+        **(of_regression(problem, how, fits, probe, after, bool(held)) if how.regresses else {}),
+        **of_probe(problem, probe, after),
         **of_anchors(problem),
         **({} if moved.kl is None else {"kl_iteration": moved.kl}),
-        "eta": problem.step,
         "scale": moved.scale,
         "grad_norm": learner.grad_norm,
         "learning_rate": learner.learning_rate,
@@ -110,18 +126,18 @@ def pose(
     unseen = [i for i in everyone if i not in {*minibatches[0], *known}]
     anchor = {**known, **score(learner, learner.policy.log_prob, groups, unseen)}
     given = score(learner, reference, groups, everyone) if reference else {}
-    shaping = {i: anchor[i] - given[i] for i in anchor if i in given} if how.beta else {}
+    shaping = {i: total(anchor[i] - given[i]) for i in anchor if i in given} if how.beta else {}
     variance = measures.margin_variance(groups, shaping, how.beta)
     rule = how.step_rule
     return Problem(groups, anchor, given, rule.step(variance), rule.goal(variance))
 
 
 def score(learner: Learner, log_prob: LogProb, groups: Sequence[Scored], which: Iterable[int]) -> dict[int, Tensor]:
-    """log-probabilities of some groups, by index."""
+    """log-probabilities of some groups in the columns of the regression, by index."""
     which = list(which)
     if not which:
         return {}
-    logp = learner.score(log_prob, [trace for i in which for trace in groups[i].rollout.traces])
+    logp = learner.columns(log_prob, [trace for i in which for trace in groups[i].rollout.traces])
     return dict(zip(which, logp.split([len(groups[i].rollout.completions) for i in which]), strict=True))
 
 
@@ -145,6 +161,7 @@ def take_steps(
         beta=how.beta,
         anchor=problem.anchor,
         reference=problem.reference,
+        objective=how.objective,
     ):
         fits.append(now)
         done(1)
@@ -184,15 +201,25 @@ def r_squared_of(problem: Problem, how: Regression, logp: dict[int, Tensor]) -> 
     return 1 - residual / total if total else math.nan
 
 
-def of_probe(
-    problem: Problem, how: Regression, probe: Sequence[int], after: dict[int, Tensor], in_sample: bool
+def of_regression(
+    problem: Problem,
+    how: Regression,
+    fits: Sequence[Fit],
+    probe: Sequence[int],
+    after: dict[int, Tensor],
+    held: bool,
 ) -> measures.Measures:
-    """Fit and movement after the last step, on the groups held out or on those of the last minibatch."""
-    log_ratios = [after[i] - problem.anchor[i] for i in probe]
+    """Loss and fit of the regression, before the steps and after the last one, and its step."""
+    name = "r2_held_out" if held else "r2_in_sample"
+    return measures.of_fits(fits, problem.step) | {name: r_squared_of(problem, how, after), "eta": problem.step}
+
+
+def of_probe(problem: Problem, probe: Sequence[int], after: dict[int, Tensor]) -> measures.Measures:
+    """Movement after the last step, on the groups held out or on those of the last minibatch."""
+    log_ratios = [total(after[i] - problem.anchor[i]) for i in probe]
     groups = [problem.groups[i] for i in probe]
     own = [moved[measures.drawn_by_policy(group)] for group, moved in zip(groups, log_ratios, strict=True)]
     return {
-        "r2_in_sample" if in_sample else "r2_held_out": r_squared_of(problem, how, after),
         **({"kl_iteration": measures.half_variance(torch.cat(own))} if any(map(len, own)) else {}),
         **measures.best_and_worst(groups, log_ratios),
         **measures.log_ratios_of(groups, log_ratios, "logratio"),
@@ -206,7 +233,7 @@ def of_anchors(problem: Problem) -> measures.Measures:
     drawn = [c for group in groups.values() for c in group.rollout.completions if c.source == OWN]
     tokens = sum(map(measures.length, drawn))
     nats = float(sum(problem.anchor[i][own[i]].sum() for i in groups))
-    away = {i: problem.anchor[i] - problem.reference[i] for i in groups if i in problem.reference}
+    away = {i: total(problem.anchor[i] - problem.reference[i]) for i in groups if i in problem.reference}
     from_own = [away[i][own[i]] for i in away]
     found = {"entropy": -nats / tokens} if tokens else {}
     found |= {"kl_initial": float(torch.cat(from_own).mean())} if any(map(len, from_own)) else {}

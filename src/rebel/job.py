@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import importlib.util
 import shutil
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import datasets
 import transformers
 from torch import Tensor
 
-from rebel.build.job import Data, Job, build_job
+from rebel.build.job import Job, build_job
 from rebel.build.model import build_model, build_tokenizer
 from rebel.build.offline import Rows, build_rows
 from rebel.build.prompts import build_prompts
 from rebel.build.rewards import ANSWERS, JUDGED, reward_if_any
 from rebel.build.rounds import stored
+from rebel.build.subject import Data
 from rebel.checkpoint import Progress, all_checkpoints, load
 from rebel.config import RebelConfig
 from rebel.errors import RebelError, RunStopped
@@ -41,6 +44,7 @@ from rebel.rewards.functions import Notes, RewardFailed
 from rebel.rounds.rollouts import Prompts
 from rebel.samplers.generate import Generate
 from rebel.samplers.mixture import Mixture
+from rebel.samplers.server import PREFIX as SENT
 from rebel.settings import read_yaml, resolve
 from rebel.train import train
 from rebel.types import Prompt, Sampler
@@ -52,6 +56,8 @@ def carry_out(job: Job, resume: Path | None = None) -> Progress:
     recorder.learner.accelerator.wait_for_everyone()  # until all have looked at the folder and found no other run
     for recordings in job.parts.recordings:  # what needs the initial policy, before a checkpoint takes its place
         recordings.prepare(run.learner, recorder)
+    for check in job.parts.checks:
+        check(run.learner)
     progress = load(resume, run.learner, fingerprint(job.config)) if resume else Progress()
     recorder.begin(progress, job.iterations * run.regression.steps * run.regression.passes)
     try:
@@ -127,6 +133,8 @@ def run_training(config: RebelConfig, dry_run: bool = False) -> None:
 
 def prepare(config: RebelConfig) -> Job:
     """A run that is ready to start; what is quick to find wrong is looked at before the model is loaded."""
+    if config.pipeline_name_or_path:
+        return prepare_images(config)
     data = data_of(config)
     tokenizer = build_tokenizer(config)
     reward = reward_if_any(config, Notes())
@@ -134,6 +142,24 @@ def prepare(config: RebelConfig) -> Job:
     if reward and seen and not isinstance(seen, Rows):
         reward.check(seen)
     return build_job(config, build_model(config), tokenizer, partial(reward_if_any, config), data)
+
+
+def prepare_images(config: RebelConfig) -> Job:
+    """A run of a pipeline that is ready to start."""
+    need_diffusers()
+    from rebel.build.images import build_image_job
+    from rebel.build.pipeline import build_pipeline
+
+    prompts = build_prompts(config)
+    reward = partial(reward_if_any, config)
+    made: Any = reward(Notes())
+    made.check(prompts[0])
+    return build_image_job(config, build_pipeline(config), reward, prompts)
+
+
+def need_diffusers() -> None:
+    if importlib.util.find_spec("diffusers") is None:
+        raise RebelError('--pipeline_name_or_path needs the package diffusers: pip install "rebel-rl[diffusion]"')
 
 
 def data_of(config: RebelConfig) -> Data:
@@ -163,7 +189,7 @@ def push(job: Job) -> str:
     api = HfApi()
     repository = api.create_repo(name, exist_ok=True).repo_id
     ignore = ["checkpoint-*/*", *(f"{name}/*" for name in (BEST, ITERATES, ROUNDS))]
-    ignore += [FAILED, ANSWERS, JUDGED, OPPONENTS]
+    ignore += [FAILED, ANSWERS, JUDGED, OPPONENTS, f"{SENT}*/*"]
     return api.upload_folder(repo_id=repository, folder_path=job.recorder.folder, ignore_patterns=ignore)
 
 
@@ -178,6 +204,8 @@ def sample(
     """`rebel sample`: completions of the prompts by the tuned model of a run, or by the mixture of its iterates."""
     quiet()
     config = resolve(read_yaml(run_dir / SETTINGS)) if (run_dir / SETTINGS).exists() else RebelConfig()
+    if config.pipeline_name_or_path:
+        return sample_images(run_dir, config, prompts, n)
     policy = load_policy(str(run_dir), config.chat_template_kwargs)
     chat = policy.tokenizer.chat_template is not None
     asked = [Prompt([{"role": "user", "content": text}] if chat else text) for text in prompts]
@@ -186,6 +214,25 @@ def sample(
     if mixture:
         draw = Mixture(draw, stored_iterates(run_dir, dict(policy.model.named_parameters())), config.sampling_batch)
     return [[text_of(c.content) for c in rollout.completions] for rollout in draw(asked, n, config.seed)]
+
+
+def sample_images(run_dir: Path, config: RebelConfig, prompts: Sequence[str], n: int) -> list[list[str]]:
+    """Images of the prompts by the tuned pipeline of a run: the names of their files in its folder samples."""
+    need_diffusers()
+    from rebel.build.pipeline import saved_pipeline, to_diffusion
+    from rebel.samplers.denoise import Denoise
+
+    policy = to_diffusion(saved_pipeline(run_dir, config), config)
+    draw = Denoise(policy, config.images_per_micro_batch, config.same_noise)
+    folder = run_dir / "samples"
+    folder.mkdir(exist_ok=True)
+    names: list[list[str]] = []
+    for rollout in draw([Prompt(text) for text in prompts], n, config.seed):
+        files = [folder / f"{len(names) + 1}-{k}.png" for k in range(1, n + 1)]
+        for file, completion in zip(files, rollout.completions, strict=True):
+            completion.content.save(file)
+        names.append([str(file) for file in files])
+    return names
 
 
 def stored_iterates(run_dir: Path, weights: dict[str, Tensor]) -> Iterates:

@@ -17,9 +17,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from rebel.algorithm import Weigh
+from rebel.credit import Known, spread, trajectory
 from rebel.errors import RunStopped
 from rebel.micro_batches import Piece, pieces_of, plan, share
-from rebel.types import LogProb, Policy
+from rebel.types import Credit, LogProb, Policy
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,10 +32,29 @@ class Departure:
 
 
 @dataclass
+class Found:
+    """What this process has found of the log-probabilities of `count` traces; the others' are zero."""
+
+    count: int
+    logp: Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.logp = torch.zeros(self.count, dtype=torch.float64)
+
+    def note(self, places: Sequence[int], columns: Float[Tensor, "n *C"], wanted: bool) -> None:
+        """Take in those of some traces. The number of columns is known from the first of them, wanted or not."""
+        if self.logp.shape[1:] != columns.shape[1:]:
+            self.logp = self.logp.new_zeros(self.count, *columns.shape[1:])
+        if wanted:
+            self.logp[list(places)] = columns.to(self.logp)
+
+
+@dataclass
 class Learner:
     """A policy with its optimiser.
 
-    `average` is the memory of the averaged iterate as a share of all steps; 0 for none.
+    `average` is the memory of the averaged iterate as a share of all steps; 0 for none. `credit` says what of a
+    trajectory is regressed.
     """
 
     accelerator: Accelerator
@@ -45,6 +65,7 @@ class Learner:
     budget: int
     max_grad_norm: float = 0.0
     average: float = 0.0
+    credit: Credit = trajectory
     steps: int = 0
     grad_norm: float = math.nan
     averaged: list[Tensor] = field(default_factory=list)
@@ -55,20 +76,23 @@ class Learner:
         """The parameters that are trained."""
         return [weight for weight in self.module.parameters() if weight.requires_grad]
 
-    @torch.no_grad()
     def score(self, log_prob: LogProb, traces: Sequence[Any]) -> Float[Tensor, " N"]:
         """log pi(y|x) of the traces, in nats; every process scores its share and all get the numbers."""
+        return self.columns(log_prob, traces, trajectory)
+
+    @torch.no_grad()
+    def columns(self, log_prob: LogProb, traces: Sequence[Any], credit: Credit | None = None) -> Float[Tensor, "N *C"]:
+        """The same in the columns of the regression."""
         pieces = pieces_of(traces, self.policy.cost, self.budget)
-        logp = self.zeros(len(traces))
+        found = Found(len(traces))
         for piece in share(pieces, self.accelerator.process_index, self.accelerator.num_processes):
             places = piece.traces if piece else (0,)
             with self.accelerator.autocast():
-                own = log_prob([traces[i] for i in places]).sum(dim=1)
-            if piece:
-                logp[list(places)] = own.to(logp)
-        return self.total(logp)
+                own = (credit or self.credit)(log_prob([traces[i] for i in places]))
+            found.note(places, own, piece is not None)
+        return self.total(found.logp)
 
-    def update(self, groups: Sequence[Sequence[Any]], weigh: Weigh) -> Float[Tensor, " N"]:
+    def update(self, groups: Sequence[Sequence[Any]], weigh: Weigh) -> Float[Tensor, "N *C"]:
         """One optimiser step along sum(c * grad log pi); returns the log-probabilities from before it.
 
         A micro-batch of whole groups finds its own c from its forward pass. Groups that are too large for one
@@ -78,16 +102,16 @@ class Learner:
         pieces = plan(groups, self.policy.cost, self.budget)
         given = self.weights_of_split_groups(groups, pieces, weigh)
         mine = share(pieces, self.accelerator.process_index, self.accelerator.num_processes)
-        logp = self.zeros(len(traces))
+        found = Found(len(traces))
         for number, piece in enumerate(mine):
             with nullcontext() if number + 1 == len(mine) else self.accelerator.no_sync(self.module):
-                self.back_propagate(piece, traces, weigh, given, logp)
+                self.back_propagate(piece, traces, weigh, given, found)
         self.step()
-        return self.total(logp)
+        return self.total(found.logp)
 
     def weights_of_split_groups(
         self, groups: Sequence[Sequence[Any]], pieces: Sequence[Piece], weigh: Weigh
-    ) -> dict[int, float]:
+    ) -> dict[int, Tensor]:
         """c of the traces whose groups do not fit into one micro-batch, by place in the minibatch."""
         loose = {place for piece in pieces if piece.groups is None for place in piece.traces}
         if not loose:
@@ -95,27 +119,30 @@ class Learner:
         starts = [sum(map(len, groups[:k])) for k in range(len(groups))]
         large = [k for k in range(len(groups)) if starts[k] in loose]
         places = [starts[k] + i for k in large for i in range(len(groups[k]))]
-        logp = self.score(self.policy.log_prob, [trace for k in large for trace in groups[k]])
-        return dict(zip(places, weigh(large, logp).tolist(), strict=True))
+        logp = self.columns(self.policy.log_prob, [trace for k in large for trace in groups[k]])
+        return dict(zip(places, weigh(large, logp), strict=True))
 
     def back_propagate(
-        self, piece: Piece | None, traces: Sequence[Any], weigh: Weigh, given: dict[int, float], logp: Tensor
+        self, piece: Piece | None, traces: Sequence[Any], weigh: Weigh, given: dict[int, Tensor], found: Found
     ) -> None:
-        """The backward pass of one micro-batch; notes its log-probabilities in `logp`. None: a filler, weight zero."""
+        """The backward pass of one micro-batch; `found` notes its log-probabilities. None: a filler, weight zero."""
         places = piece.traces if piece else (0,)
 
-        def weights(own: Float[Tensor, "n S"]) -> Float[Tensor, "n S"]:
-            if piece is None:
-                return torch.zeros_like(own)
-            total = own.sum(dim=1).to(logp)
-            pull = weigh(piece.groups, total) if piece.groups else total.new_tensor([given[i] for i in places])
-            # DDP takes the mean over processes, where the sum is meant
-            return (pull * self.accelerator.num_processes).to(own)[:, None].expand_as(own)
+        world = self.accelerator.num_processes  # DDP takes the mean over processes, where the sum is meant
 
+        def weights(own: Float[Tensor, "n S"]) -> Float[Tensor, "n S"]:
+            assert piece is not None and piece.groups is not None, "others are known"
+            pull = weigh(piece.groups, self.credit(own).to("cpu", torch.float64))
+            return spread((pull * world).to(own), own.shape[1])
+
+        known = None if piece and piece.groups else Known(self.known(piece, given) * world)
         with self.accelerator.autocast():
-            own = self.policy.backward([traces[i] for i in places], weights, self.accelerator.backward)
-        if piece:
-            logp[list(places)] = own.sum(dim=1).to(logp)
+            own = self.policy.backward([traces[i] for i in places], known or weights, self.accelerator.backward)
+        found.note(places, self.credit(own), piece is not None)
+
+    def known(self, piece: Piece | None, given: dict[int, Tensor]) -> Float[Tensor, "n *C"]:
+        """c of a micro-batch of parts of groups; zero for a filler."""
+        return torch.stack([given[i] for i in piece.traces]) if piece else torch.zeros(1, dtype=torch.float64)
 
     def step(self) -> None:
         """Clip, step, and take the new iterate into the average."""
@@ -175,9 +202,6 @@ class Learner:
             kept = weight.detach().clone()
             weight.copy_(mean)
             mean.copy_(kept)
-
-    def zeros(self, count: int) -> Tensor:
-        return torch.zeros(count, dtype=torch.float64)
 
     def total(self, numbers: Tensor) -> Tensor:
         """The sum over processes."""

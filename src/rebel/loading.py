@@ -15,15 +15,15 @@ from rebel.errors import RebelError
 from rebel.policies.causal_lm import CausalLM, causal_lm
 
 
-def loaded(name: str, what: str, load: Callable[[], Any]) -> Any:
-    """What transformers loads, or an error in one line."""
+def loaded(name: str, what: str, load: Callable[[], Any], flag: str = "--model_name_or_path") -> Any:
+    """What transformers or diffusers loads, or an error in one line."""
     if name.startswith((".", "/", "~")) and not Path(name).expanduser().exists():
-        raise RebelError(f"--model_name_or_path {name}: there is no such folder")
+        raise RebelError(f"{flag} {name}: there is no such folder")
     try:
         return load()
     except Exception as error:  # of many kinds: files, network, configuration
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise RebelError(f"--model_name_or_path {name}: its {what} cannot be loaded: {reason}") from error
+        raise RebelError(f"{flag} {name}: its {what} cannot be loaded: {reason}") from error
 
 
 def load_policy(

@@ -44,10 +44,13 @@ def of_source(source: str, completions: Sequence[Completion], standings: Float[T
     """Reward and length of the completions of one source."""
     chosen = [k for k, c in enumerate(completions) if c.source == source]
     lengths = torch.tensor([float(length(completions[k])) for k in chosen])
-    return {
-        "reward": float(standings[chosen].nanmean()),
+    of_lengths = {
         "length": float(lengths.mean()),
         "length_reward_correlation": correlation(lengths, standings[chosen]),
+    }
+    return {
+        "reward": float(standings[chosen].nanmean()),
+        **(of_lengths if lengths.any() else {}),
         "unfinished": mean(float(not completions[k].finished) for k in chosen),
     }
 

@@ -80,6 +80,31 @@ def describe(
     ]
 
 
+def describe_images(config: RebelConfig, prompts: int, evaluated: int, iterations: int, world: int) -> list[str]:
+    """The plan of a run that draws images."""
+    group, steps = config.num_generations, config.steps_per_iteration * config.passes
+    drawn = config.prompts_per_iteration * group
+    passes = f" in {config.passes} passes" if config.passes > 1 else ""
+    per_step = config.prompts_per_iteration / config.steps_per_iteration
+    regression = (
+        f"{config.pairing} pairs, credit to each {config.credit}"
+        if config.algorithm == "rebel"
+        else f"PPO's objective on each step, clipped at {config.clip_range:g}"
+    )
+    return [
+        f"prompts      {prompts:,} to train on, {evaluated:,} to evaluate on",
+        f"iteration    {config.prompts_per_iteration} prompts x {group} images = {drawn:,} samples of "
+        f"{config.denoising_steps} denoising steps",
+        f"{config.algorithm.ljust(12)} {steps} optimiser steps{passes}, about {per_step:g} "
+        f"prompt{'s' * (per_step != 1)} ({per_step * group:g} images) each, {regression}",
+        *([f"step         {step_in_words(config)}"] if config.algorithm == "rebel" else []),
+        f"run          {iterations:,} iterations = {iterations * steps:,} optimiser steps, "
+        f"{iterations * drawn:,} samples, "
+        f"{iterations * config.prompts_per_iteration / max(prompts, 1):.2f} passes over the prompts",
+        f"processes    {world}, {config.images_per_micro_batch} images at once (no effect on the result)",
+    ]
+
+
 def last_lines(config: RebelConfig, world: int, memory: Memory, layout: str) -> list[str]:
     """What a run needs."""
     return [

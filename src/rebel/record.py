@@ -22,6 +22,7 @@ from rebel.iterates import Iterates
 from rebel.learner import Learner
 from rebel.report import Terminal, append_rows, truncate_after
 from rebel.rewards.functions import RewardFailed
+from rebel.samplers.server import PREFIX as SENT
 from rebel.settings import dump
 from rebel.signals import heeding_signals
 from rebel.trackers import Trackers
@@ -29,6 +30,8 @@ from rebel.trackers import Trackers
 METRICS, SAMPLES, SETTINGS, FAILED = "metrics.jsonl", "samples.jsonl", "config.yaml", "failed_reward.json"
 BEST, ROUNDS = "best", "rounds"
 OPPONENTS = "eval_opponents.jsonl"
+MODEL = ("config.json", "adapter_config.json", "model_index.json", "model.safetensors", "adapter_model.safetensors")
+"""Files by which a saved model is known, whoever made it."""
 LEFTOVERS = (METRICS, SAMPLES, SETTINGS, FAILED, "report.html", "opponents.jsonl")
 
 FREE = frozenset(
@@ -41,6 +44,8 @@ FREE = frozenset(
         "num_train_epochs",
         "anchor_cache_dir",
         "tokens_per_micro_batch",
+        "images_per_micro_batch",
+        "judge_funcs",
         "shared_prefix",
         "logging_steps",
         "eval_strategy",
@@ -67,6 +72,12 @@ FREE = frozenset(
         "judge_concurrency",
         "judge_deadline",
         "mixture",
+        "vllm_server_base_url",
+        "vllm_weights_dir",
+        "vllm_deadline",
+        "vllm_gpu_memory_utilization",
+        "vllm_enable_sleep_mode",
+        "vllm_max_mismatch",
     ]
 )
 """Settings that may differ when a run is resumed: they do not change what is learnt."""
@@ -83,7 +94,8 @@ def claim_folder(config: RebelConfig, resume: bool) -> Path:
     folder = Path(config.output_dir)
     if folder.exists() and not folder.is_dir():
         raise RebelError(f"--output_dir {folder} is a file; name a folder")
-    if config.model_name_or_path and folder.resolve() == Path(config.model_name_or_path).resolve():
+    model = config.model_name_or_path or config.pipeline_name_or_path
+    if model and folder.resolve() == Path(model).resolve():
         raise RebelError(f"--output_dir {folder} is the model's own folder; the tuned model would replace it")
     held = [name for name in (*LEFTOVERS, ROUNDS) if (folder / name).exists()] + checkpoint.all_checkpoints(folder)
     if held and not resume:
@@ -93,15 +105,19 @@ def claim_folder(config: RebelConfig, resume: bool) -> Path:
                 "--overwrite_output_dir, or name another folder"
             )
         clear(folder)
+    model = [name for name in MODEL if (folder / name).exists()]
+    if model and not held:
+        raise RebelError(f"--output_dir {folder} holds a model that is not of `rebel train` ({model[0]}); name another")
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 
 
 def clear(folder: Path) -> None:
     """Delete what a run of rebel left, and nothing else."""
-    for name in (*LEFTOVERS, OPPONENTS):
+    for name in (*LEFTOVERS, OPPONENTS, *MODEL):
         (folder / name).unlink(missing_ok=True)
-    for old in [*checkpoint.all_checkpoints(folder), folder / BEST, folder / ITERATES, folder / ROUNDS]:
+    weights = folder.glob(f"{SENT}*")
+    for old in [*checkpoint.all_checkpoints(folder), folder / BEST, folder / ITERATES, folder / ROUNDS, *weights]:
         shutil.rmtree(old, ignore_errors=True)
 
 

@@ -15,10 +15,10 @@ from accelerate.utils import gather_object
 from datasets import Dataset
 
 from rebel.build.model import build_accelerator, build_model, build_policy, build_tokenizer
-from rebel.build.online import build_sampler
 from rebel.build.prompts import build_prompts, fitting
 from rebel.build.rewards import build_reward
 from rebel.build.rounds import description, of_tokenizer, round_size
+from rebel.build.sampler import build_sampler
 from rebel.collect import Interrupted
 from rebel.config import RebelConfig
 from rebel.data import PromptStream, load_rows
@@ -91,7 +91,8 @@ def rollout(config: RebelConfig, from_file: str | None = None) -> None:
         return stream.take(shard * manifest.shard, rollouts.size(shard))
 
     chunk = max(1, config.sampling_batch // config.num_generations)
-    sampler = build_sampler(config, policy, accelerator)
+    sampler = build_sampler(config, policy, accelerator, prompts)
+    sampler.refresh()
     began = time.perf_counter()
     with going_on(watcher, rollouts, "rebel rollout"):
         tokens = draw(rollouts, sampler, of_shard, config.num_generations, chunk, crew)
@@ -162,8 +163,17 @@ def claim_rewards(rollouts: Rollouts, config: RebelConfig) -> None:
 
 
 def scored_by(config: RebelConfig) -> str:
+    """The rewards by their weights and names, a file's by its content too: it may change and keep its name."""
     weights = config.reward_weights or [1.0] * len(config.reward_funcs)
-    return ", ".join(f"{weight:g} x {name}" for weight, name in zip(weights, config.reward_funcs, strict=True))
+    return ", ".join(f"{w:g} x {name}{edition(name)}" for w, name in zip(weights, config.reward_funcs, strict=True))
+
+
+def edition(reward: str) -> str:
+    """Which edition of its file a reward is of; nothing where it is not a file's."""
+    file = Path(reward.rpartition(":")[0]).expanduser()
+    if file.suffix != ".py" or not file.is_file():
+        return ""
+    return f" (edition {blake2b(file.read_bytes(), digest_size=4).hexdigest()})"
 
 
 def home(config: RebelConfig) -> Path:

@@ -130,12 +130,14 @@ def evaluated(run: Run, evaluator: Evaluator) -> Evaluation:
 
 
 def speeds(drawn: Drawn, metrics: measures.Measures) -> measures.Measures:
-    """Seconds of the first half, and tokens per second of both."""
-    tokens = sum(measures.length(c) for group in drawn.groups for c in group.rollout.completions)
-    new = tokens if drawn.tokens is None else drawn.tokens
+    """Seconds of the first half, and tokens per second of both; images per second where completions have no tokens."""
+    completions = [c for group in drawn.groups for c in group.rollout.completions]
+    tokens = sum(map(measures.length, completions))
+    unit, count = ("tokens", tokens) if tokens else ("images", len(completions))
+    new = count if drawn.tokens is None else drawn.tokens
     return {
         "seconds/sampling": drawn.sampling,
         "seconds/rewards": drawn.scoring,
-        **({"tokens_per_second_sampling": new / drawn.sampling} if new and drawn.sampling else {}),
-        "tokens_per_second_training": tokens / max(metrics["seconds/scoring"] + metrics["seconds/training"], 1e-9),
+        **({f"{unit}_per_second_sampling": new / drawn.sampling} if new and drawn.sampling else {}),
+        f"{unit}_per_second_training": count / max(metrics["seconds/scoring"] + metrics["seconds/training"], 1e-9),
     }

@@ -13,11 +13,12 @@ from datasets import Dataset
 from peft import PeftConfig, PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
-from rebel.build.job import Data, build_job
+from rebel.build.job import build_job
 from rebel.build.model import build_model, build_tokenizer, with_adapter
 from rebel.build.offline import RowsIn, first_rows, rows_of
 from rebel.build.rewards import reward_if_any
 from rebel.build.rounds import stored
+from rebel.build.subject import Data
 from rebel.checkpoint import Progress
 from rebel.config import RebelConfig
 from rebel.data import prompts_of

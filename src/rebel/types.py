@@ -1,6 +1,7 @@
 """The nouns of REBEL and what it asks of a model, a sampler and a reward.
 
-Letters in the shapes: G completions of one prompt, N traces of a batch, M pairs, S segments of a trace.
+Letters in the shapes: G completions of one prompt, N traces of a batch, M pairs, S segments of a trace, C columns of a
+regression (none for that of the whole trajectory).
 """
 
 from __future__ import annotations
@@ -39,7 +40,10 @@ class Prompt:
 
 @dataclass(frozen=True, slots=True)
 class Completion(Generic[Trace]):
-    """y: what a reward reads, what a policy re-scores, who drew it, and whether it came to its own end."""
+    """y: what a reward reads, what a policy re-scores, who drew it, and whether it came to its own end.
+
+    Text comes to its own end where no length limit cuts it off, an image where no safety checker blacks it out.
+    """
 
     content: Any
     trace: Trace
@@ -84,7 +88,7 @@ class RegressionBatch(Generic[Trace]):
     """What one least-squares step needs. `margin` is of the shaped reward r~; the weights sum to one over a step."""
 
     traces: tuple[Trace, ...]
-    anchor_logp: Float[Tensor, " N"]
+    anchor_logp: Float[Tensor, "N *C"]
     pairs: Int[Tensor, "M 2"]
     margin: Float[Tensor, " M"]
     weight: Float[Tensor, " M"]
@@ -104,6 +108,26 @@ class TokenTrace:
 
     def __len__(self) -> int:
         return len(self.prompt) + len(self.completion)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LatentTrace:
+    """A denoising path as it was drawn: x_T, ..., x_0 in the precision in which the model saw them, and its prompt.
+
+    `drawn_logp` is log p of each step that had noise as the sampler found it: to compare with, never to regress on.
+    """
+
+    prompt: str
+    latents: Float[Tensor, "T1 ..."]
+    drawn_logp: Float[Tensor, " S"] | None = None
+
+    def __len__(self) -> int:
+        """Denoising steps."""
+        return len(self.latents) - 1
+
+
+Credit = Callable[[Float[Tensor, "N S"]], Float[Tensor, "N *C"]]
+"""The columns that a regression makes of the segments of a trace: see `rebel.credit`."""
 
 
 @runtime_checkable
@@ -140,7 +164,7 @@ class Policy(Protocol[TraceIn]):
         ...
 
     def cost(self, traces: Sequence[TraceIn]) -> int:
-        """What traces cost together in one micro-batch: tokens for text, denoising steps for images."""
+        """What traces cost together in one micro-batch: tokens for text, images for images."""
         ...
 
 
@@ -154,7 +178,9 @@ class Sampler(Protocol[TraceOut]):
         """Make the sampler draw from the policy as it is now (weight synchronisation)."""
         ...
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Nothing is drawn for a while: memory that only drawing needs may be given back until it goes on."""
+        ...
 
 
 @runtime_checkable

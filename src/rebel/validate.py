@@ -10,7 +10,7 @@ from pathlib import Path
 from rebel.config import RebelConfig
 from rebel.convert import shown
 from rebel.errors import RebelError
-from rebel.settings import resolve
+from rebel.settings import known, resolve
 
 Complaints = Iterator[str]
 
@@ -39,6 +39,9 @@ AT_LEAST = {
     "save_total_limit": 1,
     "judge_concurrency": 1,
     "mixture": 0,
+    "denoising_steps": 1,
+    "image_size": 8,
+    "images_per_micro_batch": 1,
 }
 
 
@@ -63,6 +66,9 @@ BETWEEN: dict[str, tuple[Callable[[float], bool], str]] = {
     "replace_flat_groups": (_not_negative, "0 (never) or a positive factor"),
     "max_failed_rewards": (lambda share: 0 <= share <= 1, "a share from 0 to 1"),
     "judge_deadline": (_positive, "a positive number of seconds"),
+    "vllm_deadline": (_positive, "a positive number of seconds"),
+    "vllm_gpu_memory_utilization": (lambda share: 0 < share < 1, "a share between 0 and 1"),
+    "vllm_max_mismatch": (_positive, "a positive number of nats"),
     "learning_rate": (_not_negative, "0 or a positive number"),
     "warmup_steps": (_not_negative, "0 or more steps, or a share below 1"),
     "weight_decay": (_not_negative, "0 or more"),
@@ -75,7 +81,25 @@ BETWEEN: dict[str, tuple[Callable[[float], bool], str]] = {
     "num_train_epochs": (_positive, "a positive number of laps over the data"),
     "constant_margin": (_positive, "a positive number, in the unit of a reward"),
     "margin_clip": (_positive, "a positive number of nats"),
+    "guidance_scale": (_not_negative, "0 or a positive number"),
+    "noise_level": (_positive, "a positive number: without noise a path has no probability"),
+    "noise_floor": (_not_negative, "0 or a positive number"),
+    "clip_range": (lambda share: 0 < share < 1, "a number between 0 and 1"),
 }
+
+OF_IMAGES = (
+    *("denoising_steps", "guidance_scale", "noise_level", "noise_floor", "image_size", "same_noise", "credit"),
+    *("algorithm", "clip_range", "images_per_micro_batch", "judge_funcs"),
+)
+"""Settings that mean something for a pipeline alone."""
+
+OF_TEXT = (
+    *("attn_implementation", "load_in_4bit", "offline", "data_completions", "data_columns", "judge", "eval_against"),
+    *("missing_eos_penalty", "drop_truncated", "temperature", "max_completion_length", "eval_temperature", "mixture"),
+    *("chat_template_kwargs", "rounds", "from_rollouts", "tokens_per_micro_batch", "max_prompt_length"),
+    *("sampler", "one_step_ahead"),
+)
+"""Settings that mean something for a language model alone."""
 
 TRUNCATIONS = {"top_p": (1.0,), "top_k": (None, 0), "min_p": (None, 0.0), "repetition_penalty": (1.0,)}
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -93,7 +117,7 @@ def validate(config: RebelConfig, *, inputs: bool = True) -> RebelConfig:
 def validate_drawing(config: RebelConfig, *, prompts: bool = True) -> RebelConfig:
     """The settings of `rebel rollout`, checked: those of a run, of which it needs no reward and no length."""
     drawing = (_model, _prompts) if prompts else (_model,)
-    return _checked(config, (*drawing, _home, _counts, _ranges, _sampling, _precision, _adapter))
+    return _checked(config, (*drawing, _home, _counts, _ranges, _sampling, _precision, _adapter, _vllm))
 
 
 def validate_scoring(config: RebelConfig) -> RebelConfig:
@@ -290,7 +314,7 @@ def _folders(config: RebelConfig) -> Complaints:
     if config.overwrite_output_dir and config.resume_from_checkpoint:
         yield "--overwrite_output_dir would delete the checkpoint that --resume goes on from; use one of them"
     if config.overwrite_output_dir:
-        for name in ("model_name_or_path", "adapter_path", "dataset_name"):
+        for name in ("model_name_or_path", "pipeline_name_or_path", "adapter_path", "dataset_name"):
             if _inside(getattr(config, name), config.output_dir):
                 yield f"--overwrite_output_dir would delete {_said(config, name)}; use another --output_dir"
 
@@ -321,8 +345,11 @@ def _given(config: RebelConfig) -> Complaints:
 
 
 def _model(config: RebelConfig) -> Complaints:
-    if not config.model_name_or_path:
-        yield "no model: give --model_name_or_path a Hugging Face name or a folder"
+    if not config.model_name_or_path and not config.pipeline_name_or_path:
+        yield (
+            "no model: give --model_name_or_path a Hugging Face name or a folder, or --pipeline_name_or_path one of "
+            "diffusers"
+        )
 
 
 def _prompts(config: RebelConfig) -> Complaints:
@@ -336,6 +363,35 @@ def _reward(config: RebelConfig) -> Complaints:
             "no reward: give --reward_funcs a file.py:function, a name of trl.rewards or a reward model; or --judge "
             "what compares two completions; or --offline, if the data have completions with preferences or rewards"
         )
+
+
+def _kind(config: RebelConfig) -> Complaints:
+    """Language models and pipelines: what has no meaning for the one that is tuned."""
+    if config.model_name_or_path and config.pipeline_name_or_path:
+        yield "--model_name_or_path is a language model and --pipeline_name_or_path draws images; give one of them"
+        return
+    kind, foreign = ("images", OF_TEXT) if config.pipeline_name_or_path else ("text", OF_IMAGES)
+    for name in foreign:
+        if getattr(config, name) != known()[name].default:
+            needed = "language models" if kind == "images" else "pipelines (--pipeline_name_or_path)"
+            yield f"{_said(config, name)} is for {needed} and has no meaning for {kind}; leave it out"
+    if config.pipeline_name_or_path:
+        yield from _images(config)
+
+
+def _images(config: RebelConfig) -> Complaints:
+    both = [name for name in config.judge_funcs if name in config.reward_funcs]
+    if both:
+        yield (
+            f"--judge_funcs {both[0]} is also among --reward_funcs: a judge shows what the reward does not, and only "
+            "where it is never trained on; take it out of one of them"
+        )
+    if config.algorithm == "ppo_clip":
+        if config.pairing != "all":
+            yield f"{_said(config, 'algorithm', 'pairing')}: PPO compares with the mean of all; use --pairing all"
+        if config.kl_per_iteration is not None or config.early_stop:
+            name = "early_stop" if config.early_stop else "kl_per_iteration"
+            yield f"{_said(config, 'algorithm', name)}: that belongs to the regression of rebel; leave it out"
 
 
 def _judge(config: RebelConfig) -> Complaints:
@@ -355,6 +411,50 @@ def _judge(config: RebelConfig) -> Complaints:
         yield f"--{name} is for a judge behind an endpoint: use --judge openai:MODEL, or leave it out"
 
 
+def _vllm(config: RebelConfig) -> Complaints:
+    if config.sampler != "vllm":
+        yield from _no_vllm(config)
+        return
+    if config.load_in_4bit:
+        yield "--sampler vllm with --load_in_4bit: it is not sent weights of 4 bits; use --sampler generate"
+    if config.vllm_mode == "server":
+        yield from _vllm_server(config)
+    else:
+        for name in ("vllm_server_base_url", "vllm_weights_dir"):
+            if getattr(config, name) is not None:
+                yield f"{_said(config, name)} is for a server: add --vllm_mode server"
+
+
+def _no_vllm(config: RebelConfig) -> Complaints:
+    for name, value in vars(config).items():
+        if name.startswith("vllm_") and value != getattr(RebelConfig, name):
+            yield f"--{name} is for vLLM: add --sampler vllm"
+
+
+def _vllm_server(config: RebelConfig) -> Complaints:
+    address = config.vllm_server_base_url
+    if address is None:
+        yield "--vllm_mode server: where it is is not given; use --vllm_server_base_url, as in http://127.0.0.1:8000"
+    elif not re.fullmatch(r"https?://[^/@?]+(/[^@?]*)?", address):  # not shown: it may hold a key
+        yield "--vllm_server_base_url: an address such as http://127.0.0.1:8000 is expected, without a key"
+
+
+def _meanwhile(config: RebelConfig) -> Complaints:
+    if config.sampler == "vllm" and (config.offline or config.from_rollouts):
+        yield f"--sampler vllm with {'--offline' if config.offline else '--from_rollouts'}: nothing is drawn"
+    if not config.one_step_ahead:
+        return
+    if config.sampler != "vllm" or config.vllm_mode != "server":
+        yield "--one_step_ahead is for a vLLM server, which draws meanwhile: add --sampler vllm --vllm_mode server"
+    if config.rounds is not None:
+        yield "--one_step_ahead with --rounds: a round is drawn before anything is trained; use one of them"
+    if config.replace_flat_groups:
+        yield (
+            f"{_said(config, 'replace_flat_groups')} with --one_step_ahead: which prompts come next is not known "
+            "before this iteration is scored; use one of them"
+        )
+
+
 def _mixture(config: RebelConfig) -> Complaints:
     if config.mixture and config.average:
         yield f"{_said(config, 'mixture', 'average')}: both say what is evaluated; use one of them"
@@ -363,7 +463,7 @@ def _mixture(config: RebelConfig) -> Complaints:
 
 
 def _adapter(config: RebelConfig) -> Complaints:
-    adapter = config.use_peft or config.adapter_path
+    adapter = config.adapter
     if config.load_in_4bit and not adapter:
         yield "--load_in_4bit without --use_peft: 4-bit weights cannot be trained themselves; add --use_peft"
     if config.reference == "base" and not adapter:
@@ -374,6 +474,6 @@ def _adapter(config: RebelConfig) -> Complaints:
 
 CHECKS = (
     *(_counts, _ranges, _eta, _sampling, _batch, _precision, _length, _no_large_batch, _evaluation, _folders),
-    *(_rewards, _judge, _mixture, _adapter, _data),
+    *(_rewards, _judge, _mixture, _adapter, _data, _kind, _vllm, _meanwhile),
 )
 INPUTS = (_given,)

@@ -10,6 +10,7 @@ from typing import Any
 
 from rebel.against import Contents, references, words
 from rebel.build.rewards import build_judge
+from rebel.build.sampler import TextSampler
 from rebel.collect import Source, draw
 from rebel.config import RebelConfig
 from rebel.errors import RunStopped
@@ -37,14 +38,14 @@ def judge_of_evaluation(config: RebelConfig, notes: Notes, prompts: Sequence[Pro
     return judge
 
 
-def build_evaluator(config: RebelConfig, plain: ByReward, judge: Judge | None, sampler: Generate) -> Evaluator:
+def build_evaluator(config: RebelConfig, plain: ByReward, judge: Judge | None, sampler: TextSampler) -> Evaluator:
     """Evaluation by reward, and with --eval_against by win rate too."""
     if judge is None:
         return plain
     return ByJudge(plain, judge, build_opponents(config, plain, sampler), partial(tokens_in, sampler.policy))
 
 
-def build_opponents(config: RebelConfig, plain: ByReward, sampler: Generate) -> Opponents:
+def build_opponents(config: RebelConfig, plain: ByReward, sampler: TextSampler) -> Opponents:
     """The other side of --eval_against."""
     side = str(config.eval_against)
     if side == "references":
@@ -55,12 +56,13 @@ def build_opponents(config: RebelConfig, plain: ByReward, sampler: Generate) -> 
 
 
 def drawn_by(
-    config: RebelConfig, source: Source, sampler: Generate, learner: Learner, ours: Sequence[Rollout], seed: int
+    config: RebelConfig, source: Source, sampler: TextSampler, learner: Learner, ours: Sequence[Rollout], seed: int
 ) -> Contents:
     """Completions of the same prompts by the model of --eval_against, which is loaded for it and let go."""
     device = learner.accelerator.device
     policy = load_policy(str(config.eval_against), config.chat_template_kwargs, device, config.trust_remote_code)
-    alone = replace(source, sampler=replace(sampler, policy=policy), rank=0, world=1)
+    own = Generate(policy, sampler.max_new_tokens, sampler.temperature, sampler.precision)
+    alone = replace(source, sampler=own, rank=0, world=1)
     drawn = draw(alone, [rollout.prompt for rollout in ours], seed, lambda: False, lambda count: None)
     return [[completion.content for completion in rollout.completions] for rollout in drawn]
 

@@ -2,44 +2,37 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from peft import (
-    PeftModel,
-)
-from transformers import (
-    PreTrainedTokenizerBase,
-)
+from accelerate import Accelerator
+from torch import nn
+from transformers import PreTrainedTokenizerBase
 
-from rebel.build.evaluation import judge_of_evaluation
+from rebel.algorithm import Objective, trace_weights
+from rebel.build.language import language_model
 from rebel.build.learner import build_learner
-from rebel.build.model import build_accelerator, build_policy, build_reference, reference_is_copy
-from rebel.build.offline import Rows, build_groups, describe_offline, offline_parts
-from rebel.build.online import PAIRINGS, Parts, online_parts
-from rebel.build.prompts import fitting
-from rebel.build.rounds import in_rounds, iterations_of_rounds, round_size, whose
+from rebel.build.length import iterations_of
+from rebel.build.model import build_accelerator
+from rebel.build.online import PAIRINGS, Parts
+from rebel.build.subject import Data, Subject
 from rebel.config import RebelConfig
 from rebel.fit import Regression
 from rebel.iterates import FOLDER as ITERATES
 from rebel.iterates import Iterates
 from rebel.learner import Learner
-from rebel.model_card import model_card
-from rebel.offline.recorded import Groups
-from rebel.plan import Memory, describe, estimate, layout_in_words
-from rebel.policies.causal_lm import CausalLM, LanguageModel
+from rebel.policies.causal_lm import LanguageModel
+from rebel.ppo_clip import ppo_clip
 from rebel.record import Recorder
 from rebel.report import Terminal
 from rebel.rewards.combine import Weighted
 from rebel.rewards.functions import Notes
-from rebel.rounds.rollouts import Prompts
 from rebel.trackers import Trackers, training_arguments
 from rebel.train import Hooks, Run
-from rebel.types import Judge, LogProb, Prompt
+from rebel.types import LogProb
 
 
 def build_run(config: RebelConfig, learner: Learner, reference: LogProb | None, parts: Parts, hooks: Hooks) -> Run:
@@ -51,6 +44,7 @@ def build_run(config: RebelConfig, learner: Learner, reference: LogProb | None, 
         step_rule=parts.step_rule,
         beta=config.beta,
         held_out=config.held_out if config.early_stop else 0.0,
+        objective=objective_of(config),
     )
     return Run(
         learner=learner,
@@ -64,15 +58,9 @@ def build_run(config: RebelConfig, learner: Learner, reference: LogProb | None, 
     )
 
 
-def iterations_of(config: RebelConfig, training: Sequence[Prompt] | Groups) -> int:
-    """Iterations of the run, from --rounds, --iterations, --num_train_epochs or --max_steps."""
-    if in_rounds(config) and not isinstance(training, Groups):
-        return iterations_of_rounds(config, round_size(config, training))
-    if config.iterations is not None:
-        return config.iterations
-    if config.num_train_epochs is not None:
-        return math.ceil(config.num_train_epochs * len(training) / config.prompts_per_iteration)
-    return math.ceil(config.max_steps / (config.steps_per_iteration * config.passes))
+def objective_of(config: RebelConfig) -> Objective:
+    """The regression of REBEL, or what it is compared with."""
+    return partial(ppo_clip, clip=config.clip_range) if config.algorithm == "ppo_clip" else trace_weights
 
 
 @dataclass
@@ -87,10 +75,6 @@ class Job:
     parts: Parts
 
 
-Data = tuple[Sequence[Prompt], Sequence[Prompt]] | tuple[Rows, Rows | None]
-"""What to train and to evaluate on: prompts, or offline rows with completions."""
-
-
 def build_job(
     config: RebelConfig,
     model: LanguageModel,
@@ -99,42 +83,46 @@ def build_job(
     data: Data,
     callbacks: Sequence[Any] = (),
 ) -> Job:
-    """All parts of a run from its settings and what has been loaded. Touches no file.
+    """All parts of a run of a language model from its settings and what has been loaded. Touches no file.
 
     Only where everything is scored already and nothing is evaluated by reward can it do without one.
     """
+    return assembled(config, partial(language_model, config, model, tokenizer, data), reward, callbacks)
+
+
+def assembled(
+    config: RebelConfig,
+    subject_on: Callable[[Accelerator], Subject],
+    reward: Callable[[Notes], Weighted | None],
+    callbacks: Sequence[Any] = (),
+) -> Job:
+    """All parts of a run of what `subject_on` makes for the devices and processes of this run. Touches no file."""
     arguments = training_arguments(config)  # before the accelerator, whose state it would reset
     accelerator = build_accelerator(config)
-    policy = build_policy(model.to(accelerator.device), tokenizer, config)
-    material = encoded(data, policy, config)
-    # offline the anchor is the initial policy, and there are no completions of the policy's own to measure a KL on
-    reference = None if config.offline else build_reference(policy, config)
-    iterations = iterations_of(config, material.training)
-    mover = build_learner(
-        accelerator, policy, config, arguments, iterations * config.steps_per_iteration * config.passes
-    )
+    subject = subject_on(accelerator)
+    iterations = iterations_of(config, subject.training)
+    steps = iterations * config.steps_per_iteration * config.passes
+    mover = build_learner(accelerator, subject.policy, config, arguments, steps, subject.budget)
     main, folder = accelerator.is_main_process, Path(config.output_dir)
-    trackers = Trackers(callbacks, arguments, policy.model, tokenizer, mover.optimizer, mover.scheduler, main)
+    trackers = Trackers(callbacks, arguments, subject.model, subject.processing, mover.optimizer, mover.scheduler, main)
     terminal = build_terminal(config, iterations, main)
     notes = Notes(trainer_state=trackers.state)
-    iterates = build_iterates(policy, config, iterations)
+    iterates = build_iterates(subject.model, config, iterations)
     recorder = Recorder(
         config,
         folder,
         terminal,
         trackers,
         mover,
-        partial(save_model, config, mover),
-        len(material.training),
+        partial(subject.save, mover),
+        len(subject.training),
         notes.take_metrics,
         iterates=iterates,
     )
-    parts = material.parts(config, mover, reward(notes), notes, iterates, terminal.say)
+    parts = subject.parts(mover, reward(notes), notes, iterates, terminal.say)
     recorder.round = parts.per_round
-    run = build_run(config, mover, reference, parts, recorder)
-    memory = estimate(policy.model, config, reference_is_copy(reference, policy, config), mover.average > 0)
-    plan = material.plan(config, parts, iterations, accelerator.num_processes, memory, policy.shared_prefix)
-    return Job(config, run, recorder, iterations, [*plan, *parts.notes, *material.notes], parts)
+    run = build_run(config, mover, subject.reference, parts, recorder)
+    return Job(config, run, recorder, iterations, subject.plan(parts, iterations, mover.average > 0), parts)
 
 
 def build_terminal(config: RebelConfig, iterations: int, main: bool) -> Terminal:
@@ -148,72 +136,9 @@ def build_terminal(config: RebelConfig, iterations: int, main: bool) -> Terminal
     )
 
 
-@dataclass(frozen=True, slots=True)
-class Material:
-    """What a run is trained and evaluated on, prompts or groups, in tokens that fit; `dropped` did not."""
-
-    training: Sequence[Prompt] | Groups
-    held_out: Any
-    dropped: int = 0
-    notes: tuple[str, ...] = ()
-
-    def parts(
-        self,
-        config: RebelConfig,
-        learner: Learner,
-        reward: Weighted | None,
-        notes: Notes,
-        iterates: Iterates | None,
-        say: Callable[[str], None],
-    ) -> Parts:
-        """The parts that take their groups from it."""
-        if isinstance(self.training, Groups):
-            held_out = self.held_out if isinstance(self.held_out, Groups) else None
-            return offline_parts(self.training, held_out, learner, config, PAIRINGS[config.pairing], reward, say)
-        held = () if isinstance(self.held_out, Groups) else self.held_out
-        seen = held if isinstance(self.training, Prompts) else self.training  # by the reward
-        if reward and seen:
-            reward.check(seen)
-        judge: Judge | None = judge_of_evaluation(config, notes, held)
-        return online_parts(config, learner, reward, (self.training, held), judge, iterates, say)
-
-    def plan(
-        self, config: RebelConfig, parts: Parts, iterations: int, world: int, memory: Memory, shared: bool
-    ) -> list[str]:
-        """The plan of the run in words."""
-        layout = layout_in_words(config, shared)
-        if parts.recordings:
-            return describe_offline(config, parts.recordings, self.dropped, iterations, world, memory, layout)
-        return describe(config, len(self.training), len(self.held_out), self.dropped, iterations, world, memory, layout)
-
-
-def encoded(data: Data, policy: CausalLM, config: RebelConfig) -> Material:
-    """The prompts, or the groups of the rows, that fit into the lengths."""
-    if isinstance(data[0], Rows):
-        held_out = build_groups(data[1], policy, config) if isinstance(data[1], Rows) else ()
-        return Material(build_groups(data[0], policy, config), held_out, data[0].shared)
-    held = fitting(data[1], policy, config)[0] if data[1] else []  # pyright: ignore[reportArgumentType]
-    if isinstance(data[0], Prompts):
-        return Material(data[0], held, notes=tuple(whose(config, data[0].rollouts, policy)))
-    training, dropped = fitting(data[0], policy, config)
-    return Material(training, held, dropped)
-
-
-def build_iterates(policy: CausalLM, config: RebelConfig, iterations: int) -> Iterates | None:
+def build_iterates(model: nn.Module, config: RebelConfig, iterations: int) -> Iterates | None:
     """The store of the iterates of a mixture, or None where none is asked for."""
     if not config.mixture:
         return None
-    trained = {name: weight for name, weight in policy.model.named_parameters() if weight.requires_grad}
+    trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
     return Iterates(Path(config.output_dir) / ITERATES, trained, config.mixture, iterations)
-
-
-def save_model(config: RebelConfig, learner: Learner, folder: Path) -> None:
-    """Write the policy (its average, if one is kept) as Hugging Face loads it, with tokenizer and model card."""
-    policy = learner.policy
-    assert isinstance(policy, CausalLM), "build_policy made it"
-    folder.mkdir(parents=True, exist_ok=True)
-    with learner.use_average():
-        names: dict[str, Any] = {"selected_adapters": ["default"]} if isinstance(policy.model, PeftModel) else {}
-        policy.model.save_pretrained(str(folder), **names)
-    policy.tokenizer.save_pretrained(folder)
-    (folder / "README.md").write_text(model_card(config, learner))

@@ -13,10 +13,13 @@ from transformers import (
     get_scheduler,
 )
 
+from rebel import credit
 from rebel.config import RebelConfig
 from rebel.errors import RebelError
 from rebel.learner import Learner, learner
-from rebel.policies.causal_lm import CausalLM
+from rebel.types import Credit, Policy
+
+CREDITS: dict[str, Credit] = {"trajectory": credit.trajectory, "step": credit.step}
 
 
 def memory_of_average(config: RebelConfig) -> float:
@@ -27,9 +30,9 @@ def memory_of_average(config: RebelConfig) -> float:
 
 
 def build_learner(
-    accelerator: Accelerator, policy: CausalLM, config: RebelConfig, arguments: TrainingArguments, steps: int
+    accelerator: Accelerator, policy: Policy, config: RebelConfig, arguments: TrainingArguments, steps: int, budget: int
 ) -> Learner:
-    """The learner with the optimiser and schedule of these names."""
+    """The learner with the optimiser and schedule of these names; `budget` is the cost of one micro-batch."""
 
     def optimizer(weights: list[Tensor]) -> torch.optim.Optimizer:
         try:
@@ -51,7 +54,8 @@ def build_learner(
         policy,
         optimizer,
         lambda optimizer: schedule(optimizer=optimizer),
-        budget=config.tokens_per_micro_batch,
+        budget=budget,
         max_grad_norm=config.max_grad_norm,
         average=memory_of_average(config),
+        credit=CREDITS["step" if config.algorithm == "ppo_clip" else config.credit],
     )

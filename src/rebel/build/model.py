@@ -68,14 +68,14 @@ def build_model(config: RebelConfig) -> LanguageModel:
     if config.load_in_4bit:
         settings["quantization_config"] = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
     model = loaded(name, "model", partial(AutoModelForCausalLM.from_pretrained, name, **settings))
-    return with_adapter(model, config) if config.use_peft or config.adapter_path else model
+    return with_adapter(model, config) if config.adapter else model
 
 
 def weight_type(config: RebelConfig) -> str | torch.dtype:
     """fp32 for weights that are trained whole (small steps vanish in bf16); frozen ones as they were saved."""
     if config.dtype != "auto":
         return getattr(torch, config.dtype)
-    return "auto" if config.use_peft or config.adapter_path else torch.float32
+    return "auto" if config.adapter else torch.float32
 
 
 def build_tokenizer(config: RebelConfig) -> PreTrainedTokenizerBase:

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
-
-from accelerate import Accelerator
 
 from rebel.build.evaluation import build_evaluator
+from rebel.build.length import iterations_of
 from rebel.build.rewards import for_evaluation
 from rebel.build.rounds import build_rounds, in_rounds, in_words
-from rebel.collect import Online, Source
+from rebel.build.sampler import TextSampler, build_generate, build_sampler, who_draws
+from rebel.collect import Ahead, Online, Source
 from rebel.config import RebelConfig
 from rebel.data import PromptStream
 from rebel.errors import RebelError
@@ -23,7 +22,6 @@ from rebel.offline.collector import Recordings
 from rebel.pairing import all_pairs, best_against_worst, random_pairs
 from rebel.policies.causal_lm import CausalLM
 from rebel.rounds.collector import Say, unscored
-from rebel.samplers.generate import Generate
 from rebel.samplers.hybrid import FromColumns, Hybrid
 from rebel.samplers.mixture import Mixture
 from rebel.stepsize import AutoEta, GivenEta, StepRule
@@ -31,6 +29,9 @@ from rebel.train import Collector, Evaluator
 from rebel.types import Judge, Pairing, Prompt, Reward, Sampler
 
 PAIRINGS: dict[str, Pairing] = {"all": all_pairs, "extremes": best_against_worst, "random": random_pairs}
+
+Note = Callable[[str, float], None]
+"""Takes a number down for the metrics of the iteration."""
 
 Prompts = tuple[Sequence[Prompt], Sequence[Prompt]]
 """Those to train on, and those to evaluate on."""
@@ -40,8 +41,9 @@ Prompts = tuple[Sequence[Prompt], Sequence[Prompt]]
 class Parts:
     """Where a run's groups come from, how it is evaluated and how long its steps are.
 
-    `recordings` have to see the initial policy before a checkpoint may take its place. `per_round` is the number of
-    iterations that a checkpoint must not fall between, 0 where they stand alone.
+    `recordings` have to see the initial policy before a checkpoint may take its place; `checks` may refuse the learner
+    before its first step. `per_round` is the number of iterations that a checkpoint must not fall between, 0 where they
+    stand alone.
     """
 
     collector: Collector
@@ -50,12 +52,7 @@ class Parts:
     recordings: tuple[Recordings, ...] = ()
     notes: tuple[str, ...] = ()
     per_round: int = 0
-
-
-def build_sampler(config: RebelConfig, policy: CausalLM, accelerator: Accelerator) -> Generate:
-    """Who draws for training."""
-    precision: Any = accelerator.autocast  # whose annotation contradicts its default
-    return Generate(policy, config.max_completion_length, config.temperature, precision)
+    checks: tuple[Callable[[Learner], None], ...] = ()
 
 
 def build_step_rule(config: RebelConfig) -> StepRule:
@@ -72,28 +69,37 @@ def online_parts(
     judge: Judge | None,
     iterates: Iterates | None,
     say: Say,
+    note: Note = lambda name, value: None,
 ) -> Parts:
     """Groups drawn from the policy, which is evaluated by the reward of what it draws."""
     policy = learner.policy
     assert isinstance(policy, CausalLM), "build_policy made it"
-    sampler = build_sampler(config, policy, learner.accelerator)
+    sampler = build_sampler(config, policy, learner.accelerator, prompts[0], note)
     source = build_source(config, learner, sampler, reward or unscored, prompts[0])
-    evaluator = evaluation(config, source, sampler, prompts[1], judge, iterates) if prompts[1] and reward else None
+    # a sampler that draws for the next iteration has other things to do
+    free = build_generate(config, policy, learner.accelerator) if config.one_step_ahead else sampler
+    evaluator = evaluation(config, source, free, prompts[1], judge, iterates) if prompts[1] and reward else None
     rule = build_step_rule(config)
     if in_rounds(config):
         rounds = build_rounds(config, source, prompts[0], PAIRINGS[config.pairing], policy, say)
         return Parts(rounds, evaluator, rule, notes=(in_words(config, rounds.size),), per_round=rounds.per_round)
-    if not config.data_completions:
-        return Parts(Online(source, config.prompts_per_iteration, config.replace_flat_groups), evaluator, rule)
-    mixed, note = hybrid(sampler, prompts[0], policy, config)
-    source = replace(source, sampler=mixed)
-    collector = Online(source, config.prompts_per_iteration, config.replace_flat_groups)
-    return Parts(collector, evaluator, rule, notes=(note,))
+    notes = who_draws(config)
+    if config.data_completions:
+        mixed, line = hybrid(sampler, prompts[0], config)
+        source, notes = replace(source, sampler=mixed), (*notes, line)
+    return Parts(build_collector(config, source, prompts[0]), evaluator, rule, notes=notes)
 
 
-def hybrid(sampler: Sampler, prompts: Sequence[Prompt], policy: CausalLM, config: RebelConfig) -> tuple[Hybrid, str]:
+def build_collector(config: RebelConfig, source: Source, prompts: Sequence[Prompt]) -> Collector:
+    """Where the groups of an iteration come from: drawn in it, or during the one before."""
+    if config.one_step_ahead:
+        return Ahead(source, config.prompts_per_iteration, iterations_of(config, prompts))
+    return Online(source, config.prompts_per_iteration, config.replace_flat_groups)
+
+
+def hybrid(sampler: TextSampler, prompts: Sequence[Prompt], config: RebelConfig) -> tuple[Hybrid, str]:
     """The sampler with the completions of --data_columns beside its own, and a line for the plan."""
-    beside = FromColumns(policy, tuple(config.data_columns), config.max_completion_length)
+    beside = FromColumns(sampler.policy, tuple(config.data_columns), config.max_completion_length)
     counts = [len(beside(prompt)) for prompt in prompts]
     if not any(counts):
         raise RebelError(
@@ -108,7 +114,7 @@ def hybrid(sampler: Sampler, prompts: Sequence[Prompt], policy: CausalLM, config
 
 
 def build_source(
-    config: RebelConfig, learner: Learner, sampler: Generate, reward: Reward, prompts: Sequence[Prompt]
+    config: RebelConfig, learner: Learner, sampler: Sampler, reward: Reward, prompts: Sequence[Prompt]
 ) -> Source:
     """Who draws and who scores for training."""
     return Source(
@@ -128,7 +134,7 @@ def build_source(
 def evaluation(
     config: RebelConfig,
     source: Source,
-    sampler: Generate,
+    sampler: TextSampler,
     prompts: Sequence[Prompt],
     judge: Judge | None,
     iterates: Iterates | None,

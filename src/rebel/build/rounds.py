@@ -17,7 +17,14 @@ from rebel.rounds.rollouts import Manifest, Prompts, Rollouts, as_json, of_promp
 from rebel.rounds.shards import digest
 from rebel.types import Pairing, Prompt
 
-DECIDING = ("num_generations", "temperature", "max_completion_length", "sampling_batch", "chat_template_kwargs")
+DECIDING = (
+    "num_generations",
+    "temperature",
+    "max_completion_length",
+    "sampling_batch",
+    "chat_template_kwargs",
+    "sampler",
+)
 PRECISION = ("bf16", "fp16")
 """Settings that decide what is drawn, beside the policy, the prompts and the seed."""
 

@@ -108,6 +108,7 @@ def draw(
         rollouts.completions.write(shard, table_of(drawn), manifest.identity)
 
     by_shard("sampling", rollouts, todo, make, crew)
+    sampler.close()
     return tokens
 
 

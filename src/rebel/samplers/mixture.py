@@ -39,6 +39,7 @@ class Mixture:
         for number, file in enumerate(files):
             places = [place for place, which in enumerate(chosen) if which == number]
             with self.iterates.loaded(file):
+                self.sampler.refresh()
                 for start in range(0, len(places), self.batch):
                     some = places[start : start + self.batch]
                     asked = [prompts[place // group_size] for place in some]
