@@ -1,13 +1,13 @@
-"""Drawing by vLLM beside the trainer's own model: tokens a second, and what an iteration takes, also one step ahead.
+"""Drawing by vLLM beside the trainer's own model: tokens a second, and seconds of an iteration ahead or not.
 
     make test-vllm          makes .venv-vllm, in which this runs
     VLLM_CPU_KVCACHE_SPACE=1 .venv-vllm/bin/python benchmarks/vllm_sampling.py draw
     VLLM_CPU_KVCACHE_SPACE=1 .venv-vllm/bin/python benchmarks/vllm_sampling.py ahead
 
 `draw`: one process in which both draw completions of the same prompts from the same random weights, in turns (one in
-8,192 tokens is an end); the ratio of each pair (vLLM over ours, more than 1 is faster), its median with the smallest
-and largest. `ahead`: runs with a server that draws in the iteration or during the one before, in turns; seconds of an
-iteration.
+8,192 tokens is an end), in seconds of the processor, which others at work do not stretch: set OMP_NUM_THREADS=1. The
+ratio of each pair (vLLM over ours, more than 1 is faster), its median with the smallest and largest.
+`ahead`: runs with a server that draws in the iteration or during the one before, in turns; seconds of an iteration.
 """
 
 from __future__ import annotations
@@ -112,9 +112,9 @@ def draw(name: str, pairs: int) -> dict[str, Any]:
     vllm.refresh()
     for pair in range(pairs + 1):
         for who, sampler in (("vllm", vllm), ("generate", ours)):
-            began = time.perf_counter()
+            began = time.process_time()
             found = list(sampler(prompts, work.group, pair))
-            took = time.perf_counter() - began
+            took = time.process_time() - began
             tokens = sum(len(c.trace.completion) for rollout in found for c in rollout.completions)
             speeds[who] += [tokens / took] if pair else []  # the first pair is a warm-up
     vllm.refresh()
@@ -123,7 +123,7 @@ def draw(name: str, pairs: int) -> dict[str, Any]:
         "what": "draw",
         "work": name,
         "threads": torch.get_num_threads(),
-        "tokens_per_second": {who: round(statistics.median(found)) for who, found in speeds.items()},
+        "tokens_per_cpu_second": {who: round(statistics.median(found)) for who, found in speeds.items()},
         "ratio": [round(pick(ratios), 2) for pick in (statistics.median, min, max)],
         "seconds_sync": round(noted["sampler/seconds_sync"], 3),
         "mismatch": noted["sampler/mismatch"],

@@ -139,6 +139,8 @@ def test_completions_are_the_engines_and_end_as_the_policy_says() -> None:
             assert completion.trace.prompt == tuple(policy.encode(rollout.prompt))
             assert completion.finished == (completion.trace.completion[-1] == tiny.EOS)
     assert ids(drawn(prompts, 3, 4)) == ids(found) != ids(drawn(prompts, 3, 5))
+    same = ids(drawn(prompts[:1] * 3, 3, 4))
+    assert len({tuple(same[k : k + 3]) for k in (0, 3, 6)}) == 3, "prompts that are alike have seeds of their own"
 
 
 def test_greedy_completions_are_drawn_once_and_repeated() -> None:

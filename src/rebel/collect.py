@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, runtime_checkable
 
 from accelerate.utils import gather_object
@@ -81,9 +81,11 @@ class Online:
     replace_flat: float = 0.0
 
     def __call__(self, learner: Learner, progress: Progress, seed: int, watch: Watch) -> Drawn:
+        began = time.perf_counter()
         self.source.sampler.refresh()
+        refreshed = time.perf_counter() - began
         with watch.phase("sampling", self.prompts * self.source.group_size) as done:
-            return collect(
+            drawn = collect(
                 self.source,
                 start=progress.prompts_taken,
                 prompts=self.prompts,
@@ -92,6 +94,7 @@ class Online:
                 stop=watch.stop,
                 done=done,
             )
+        return replace(drawn, sampling=drawn.sampling + refreshed)
 
 
 @dataclass(frozen=True, slots=True)

@@ -227,3 +227,10 @@ def test_a_run_makes_its_engine_and_keeps_its_random_numbers(tmp_path: Path, mon
     assert any("vLLM in this process" in line for line in own.plan)
     tiny.carry_out(own)
     assert read_rows(tmp_path / "metrics.jsonl")[-1]["sampler/mismatch"] < 1e-4
+
+
+def test_in_16_bits_it_differs_by_less_than_the_bound(tmp_path: Path) -> None:
+    lm = tiny.model("llama", tie_word_embeddings=True, **SHAPE)
+    tiny.carry_out(tiny.job(tmp_path, lm=lm, sampler="vllm", iterations=2, bf16=True))
+    apart = [row["sampler/mismatch"] for row in read_rows(tmp_path / "metrics.jsonl")]
+    assert all(1e-4 < each < builder.MISMATCH_16_BITS for each in apart)

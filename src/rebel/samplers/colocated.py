@@ -81,7 +81,7 @@ def colocated(
     It begins with random weights: what it draws from is sent. Raises RebelError where vLLM is missing, of an untested
     version, or cannot take the model.
     """
-    check_version(installed(), "installed")
+    check_version(installed(), "in this environment")
     os.environ.update(ENVIRONMENT)
     for name, value in DEFAULTS.items():
         os.environ.setdefault(name, value)

@@ -40,8 +40,6 @@ def weights_of(policy: CausalLM) -> Iterator[tuple[str, Tensor]]:
 
 def with_delta(weight: Tensor, layer: LoraLayer) -> Tensor:
     """A weight with what the adapter adds to it, added in fp32."""
-    if ADAPTER not in layer.active_adapters:
-        return weight
     delta = layer.get_delta_weight(ADAPTER)  # pyright: ignore[reportAttributeAccessIssue]
     return (weight.float() + delta.float()).to(weight.dtype)
 
