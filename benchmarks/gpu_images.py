@@ -168,9 +168,9 @@ def sd3(tiny: bool) -> Any:
 
 
 MODELS: dict[str, tuple[Callable[[bool], Any], int, int, tuple[int, int, int]]] = {
-    "SD 1.5, 512 px": (sd15, 512, 8, (4, 64, 64)),
+    "SD 1.5, 512 px": (sd15, 512, 4, (4, 64, 64)),
     "SDXL, 1024 px": (sdxl, 1024, 1, (4, 128, 128)),
-    "SD 3 Medium, 512 px": (sd3, 512, 4, (16, 64, 64)),
+    "SD 3 Medium, 512 px": (sd3, 512, 2, (16, 64, 64)),
 }
 """Pipeline, pixels, images at once and the shape of their latents."""
 

@@ -1,4 +1,4 @@
-"""Seconds of a whole iteration and peak memory, beside TRL's GRPOTrainer doing the same work, in alternation.
+"""Seconds of a whole iteration and peak memory, beside TRL's trainers doing the same work, in alternation.
 
     python benchmarks/throughput.py                 all works, 5 pairs each
     python benchmarks/throughput.py --work story --pairs 3
@@ -6,7 +6,8 @@
 Each measurement is a process of its own: it draws, scores and trains ITERATIONS times after one warm-up and reports
 the median. REBEL and TRL take turns, and what is quoted is the ratio of each pair (TRL over REBEL, so more than 1 is
 faster or smaller) as its median with the smallest and largest. The same reward, prompts, number of completions,
-their length, optimiser and optimiser steps; random weights where a work has no real model.
+their length, optimiser and optimiser steps; random weights where a work has no real model. TRL's trainer is its
+GRPOTrainer; for the works of pairs OnlineDPOTrainer (of `trl.experimental`), with a reference on both sides.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ RESULTS = ROOT / "benchmarks" / "results" / "throughput.jsonl"
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """The work of one iteration; hidden 0 is the real story model."""
+    """The work of one iteration; hidden 0 is the real story model, beta above 0 needs a copy of it as the reference."""
 
     prompts: int
     group: int
@@ -42,6 +43,8 @@ class Work:
     steps: int = 1
     hidden: int = 0
     vocabulary: int = 512
+    beta: float = 0.0
+    peer: str = "grpo"
 
 
 WORKS = {
@@ -50,6 +53,8 @@ WORKS = {
     "8M-short": Work(8, 4, 32, 48, hidden=256, vocabulary=8192),
     "8M-long": Work(4, 8, 512, 64, hidden=256, vocabulary=8192),
     "8M-4-steps": Work(8, 8, 256, 64, steps=4, hidden=256, vocabulary=8192),
+    "story-pairs": Work(32, 2, 0, 64, beta=0.1, peer="online_dpo"),
+    "8M-pairs": Work(8, 2, 256, 64, hidden=256, vocabulary=8192, beta=0.1, peer="online_dpo"),
 }
 
 
@@ -105,6 +110,8 @@ def run_rebel(work: Work, model: str, prompts: list[str], folder: str) -> list[f
         model_name_or_path=model,
         output_dir=folder,
         eta=1.0,
+        beta=work.beta,
+        average=0.0,
         num_generations=work.group,
         prompts_per_iteration=work.prompts,
         steps_per_iteration=work.steps,
@@ -132,7 +139,6 @@ def run_trl(work: Work, model: str, prompts: list[str], folder: str) -> list[flo
     """Seconds of each iteration, between the ends of its last optimiser steps."""
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
-    from trl import GRPOConfig, GRPOTrainer
 
     class Clock(TrainerCallback):
         def __init__(self) -> None:
@@ -145,27 +151,9 @@ def run_trl(work: Work, model: str, prompts: list[str], folder: str) -> list[flo
             if state.global_step % work.steps == 0:
                 self.times.append(time.perf_counter())
 
-    arguments = GRPOConfig(
-        output_dir=folder,
-        learning_rate=1e-6,
-        lr_scheduler_type="constant",
-        max_steps=(ITERATIONS + 1) * work.steps,
-        per_device_train_batch_size=work.prompts * work.group // work.steps,
-        steps_per_generation=work.steps,
-        num_generations=work.group,
-        max_completion_length=work.completion_length,
-        beta=0.0,
-        bf16=False,
-        gradient_checkpointing=False,
-        use_cpu=True,
-        dataloader_pin_memory=False,
-        logging_strategy="no",
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-    )
     clock = Clock()
-    GRPOTrainer(
+    trainer, arguments = {"grpo": grpo, "online_dpo": online_dpo}[work.peer](work, folder)
+    trainer(
         model=AutoModelForCausalLM.from_pretrained(model),
         reward_funcs=reward,
         args=arguments,
@@ -174,6 +162,52 @@ def run_trl(work: Work, model: str, prompts: list[str], folder: str) -> list[flo
         callbacks=[clock],
     ).train()
     return [after - before for before, after in zip(clock.times, clock.times[1:], strict=False)]
+
+
+def shared_arguments(work: Work, folder: str) -> dict[str, Any]:
+    """What both of TRL's trainers are told."""
+    return {
+        "output_dir": folder,
+        "learning_rate": 1e-6,
+        "lr_scheduler_type": "constant",
+        "max_steps": (ITERATIONS + 1) * work.steps,
+        "beta": work.beta,
+        "temperature": 1.0,
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "use_cpu": True,
+        "dataloader_pin_memory": False,
+        "logging_strategy": "no",
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+    }
+
+
+def grpo(work: Work, folder: str) -> tuple[Any, Any]:
+    """TRL's GRPOTrainer."""
+    from trl import GRPOConfig, GRPOTrainer
+
+    return GRPOTrainer, GRPOConfig(
+        **shared_arguments(work, folder),
+        per_device_train_batch_size=work.prompts * work.group // work.steps,
+        steps_per_generation=work.steps,
+        num_generations=work.group,
+        max_completion_length=work.completion_length,
+    )
+
+
+def online_dpo(work: Work, folder: str) -> tuple[Any, Any]:
+    """TRL's OnlineDPOTrainer, which draws two completions of each prompt and has a reference."""
+    from trl.experimental.online_dpo import OnlineDPOConfig, OnlineDPOTrainer
+
+    return OnlineDPOTrainer, OnlineDPOConfig(
+        **shared_arguments(work, folder),
+        per_device_train_batch_size=work.prompts,
+        max_new_tokens=work.completion_length,
+        max_length=work.prompt_length + work.completion_length + 256,
+        top_k=0,
+    )
 
 
 def worker(name: str, who: str) -> None:

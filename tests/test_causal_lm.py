@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import tiny
@@ -12,8 +13,14 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from tiny import BOS, CONFIGS, EOS, PAD, SCALED, VOCABULARY
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.nn.functional import scaled_dot_product_attention
 from transformers import GenerationConfig, PreTrainedConfig
+from transformers.integrations import flex_attention
+from transformers.integrations.sdpa_attention import repeat_kv
+from trl.kernels import chunked_logprob
 
+from rebel.build import model as build_model
 from rebel.build.model import build_policy
 from rebel.config import RebelConfig
 from rebel.errors import RebelError
@@ -24,9 +31,11 @@ from rebel.policies.causal_lm import (
     check_head,
     frozen_copy,
     initial_adapter,
+    packs,
     without_adapter,
 )
-from rebel.policies.rows import Padded, SharedPrefix, padded
+from rebel.policies.rows import Packed, Padded, SharedPrefix, padded
+from rebel.policies.sparing import recomputable
 from rebel.types import LogProb, Policy, Prompt, TokenTrace
 
 KINDS = list(CONFIGS)
@@ -119,7 +128,7 @@ def test_divergence_is_the_kl_of_all_answers(kind: str, monkeypatch: pytest.Monk
     expected = (now.exp() * (now - then)).sum(dim=1)
     assert expected.min() > 1e-4
     for size in (2**24, 3 * VOCABULARY):
-        monkeypatch.setattr(module, "CHUNK_ELEMENTS", size)
+        monkeypatch.setitem(module.CHUNK_ELEMENTS, "cpu", size)
         torch.testing.assert_close(policy.divergence(steps, before)[:, 0], expected, rtol=1e-8, atol=1e-10)
         both = policy.divergence([whole, tiny.trace(2, 9)], before)[0, 0]
         torch.testing.assert_close(both, expected.sum(), rtol=1e-8, atol=1e-10)
@@ -177,7 +186,7 @@ def test_special_tokens_inside_a_completion_count_like_any_other(kind: str) -> N
 def test_chunks_change_neither_values_nor_gradients(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     results = []
     for tokens in (10**6, 5):
-        monkeypatch.setattr(module, "CHUNK_ELEMENTS", tokens * VOCABULARY)
+        monkeypatch.setitem(module.CHUNK_ELEMENTS, "cpu", tokens * VOCABULARY)
         policy = in_double(kind, 0.8)
         heads: list[int] = []
         policy.model.get_output_embeddings().register_forward_hook(lambda m, i, o, seen=heads: seen.append(len(i[0])))
@@ -187,6 +196,23 @@ def test_chunks_change_neither_values_nor_gradients(kind: str, monkeypatch: pyte
     assert len(one) == 1 and max(many) <= 5 and len(many) == 2 * -(-one[0] // 5)  # once more in the backward pass
     torch.testing.assert_close(chunked, logp, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(chunked_gradients, gradients, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "gemma2", "qwen3"])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_tiles_of_the_vocabulary_are_as_good_as_whole_logits(
+    kind: str, frozen: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(chunked_logprob, "TOKEN_CHUNK_SIZE", 7)
+    monkeypatch.setattr(module, "TOKEN_CHUNK_SIZE", 7)
+    results = []
+    for elements in (10**6, 7 * 9):  # tiles of 9 of the 56 words
+        monkeypatch.setitem(module.CHUNK_ELEMENTS, "cpu", elements)
+        policy = tiny.policy(kind, 0.8)
+        policy.bare.head.requires_grad_(not frozen)
+        assert len(tiny.traces()) and policy.bare.piece == elements // VOCABULARY
+        results.append(gradients(policy, tiny.traces()))
+    torch.testing.assert_close(results[1], results[0], rtol=2e-5, atol=2e-5)
 
 
 # -- a prompt shared by its completions ----------------------------------------------------------------------------
@@ -205,7 +231,8 @@ def families(seed: int = 0) -> list[TokenTrace]:
 
 def gradients(policy: CausalLM, traces: list[TokenTrace]) -> tuple[Tensor, dict[str, Tensor]]:
     policy.model.zero_grad()
-    logp = policy.backward(traces, lambda logp: logp.cos(), lambda loss: loss.backward())
+    # by weights that do not depend on log-probabilities, whose rounding they would pass on
+    logp = policy.backward(traces, lambda logp: torch.arange(len(logp))[:, None].cos(), lambda loss: loss.backward())
     return logp, {n: p.grad.clone() for n, p in policy.model.named_parameters() if p.grad is not None}
 
 
@@ -224,6 +251,44 @@ def test_a_shared_prompt_changes_neither_values_nor_gradients(kind: str) -> None
             assert (gradient[name] - value).norm() <= tolerance * max(value.norm(), 1.0), name
 
 
+def dense_attention(query: Tensor, key: Tensor, value: Tensor, **how: Any) -> Tensor:
+    """What FlexAttention computes, which takes gradients on a GPU alone, with its mask written out."""
+    places = torch.arange(query.shape[2])
+    mask = how["block_mask"].mask_mod(None, None, places[:, None], places[None, :])
+    key, value = (repeat_kv(states, query.shape[1] // key.shape[1]) for states in (key, value))
+    return scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=how["scale"])
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt_neox", "qwen2", "qwen3"])
+def test_packed_into_one_row_nothing_changes(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(flex_attention.WrappedFlexAttention, "__call__", lambda self: dense_attention)
+    policy = in_double(kind, 0.7)
+    assert packs(policy)
+    traces = [*families(), TokenTrace(families()[1].prompt, tiny.trace(1, 3).completion, (False, False, False))]
+    one_row = replace(policy, packed=True)
+    assert isinstance(one_row.rows(traces), Packed)
+    assert one_row.cost(traces) == 16 + sum(len(trace.completion) for trace in traces), "no padding"
+    logp, gradient = gradients(one_row, traces)
+    apart, expected = gradients(replace(policy, shared_prefix=False), traces)
+    torch.testing.assert_close(logp, apart, rtol=1e-6, atol=1e-5)
+    for name, value in expected.items():
+        assert (gradient[name] - value).norm() <= 1e-6 * max(value.norm(), 1.0), name
+    assert policy.bare.causal.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize("kind", ["mistral", "gemma2", "gpt2"])
+def test_windows_of_attention_and_models_that_take_no_blocks_are_not_packed(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(flex_attention.WrappedFlexAttention, "__call__", lambda self: dense_attention)
+    assert not packs(tiny.policy(kind))
+
+
+def test_flex_attention_without_a_gpu_is_refused() -> None:
+    with pytest.raises(RebelError, match=r"--attn_implementation flex_attention packs .* takes a GPU"):
+        build_policy(tiny.model(), tiny.tokenizer(), RebelConfig(attn_implementation="flex_attention"))
+
+
 def test_a_shared_prompt_goes_through_the_model_once() -> None:
     policy = tiny.policy()
     seen: list[int] = []
@@ -231,7 +296,8 @@ def test_a_shared_prompt_goes_through_the_model_once() -> None:
     traces = [TokenTrace(tuple(range(10, 22)), (5, 6, 7 + k)) for k in range(8)]
     policy.log_prob(traces)
     assert seen == [12, 8 * 2], "the prompt, and all but the last token of every completion"
-    assert policy.cost(traces) == 12 + 8 * 3
+    assert replace(policy, copy_cost=0.0).cost(traces) == 12 + 8 * 3
+    assert policy.cost(traces) == 12 + 8 * 3 + round(8 * 12 * 32 / (160 + 128)), "and keys and values of 8 x 12 tokens"
     assert policy.cost([tiny.trace(2, 9), tiny.trace(7, 3, seed=1)]) == 22, "nothing to share: padded rows"
 
 
@@ -356,23 +422,61 @@ def test_dropout_is_off_also_where_gradients_are_taken(kind: str, checkpointing:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("lora", [False, True])
-def test_gradient_checkpointing_recomputes_every_layer_and_changes_no_gradient(kind: str, lora: bool) -> None:
-    gradients, calls = [], []
+@pytest.mark.parametrize("shared", [False, True])
+def test_gradient_checkpointing_recomputes_every_layer_and_changes_no_gradient(
+    kind: str, lora: bool, shared: bool
+) -> None:
+    found, calls, kept = [], [], []
     for checkpointing in (False, True):
         policy = in_double(kind)
         policy = with_lora(policy) if lora else policy
-        policy = build_policy(policy.model, policy.tokenizer, RebelConfig(gradient_checkpointing=checkpointing))
+        policy = build_policy(
+            policy.model,
+            policy.tokenizer,
+            RebelConfig(gradient_checkpointing=checkpointing, shared_prefix=shared),
+        )
+        assert policy.shared_prefix == shared
         seen: list[int] = []
-        layers = [m for m in policy.model.modules() if hasattr(m, "gradient_checkpointing") and hasattr(m, "mlp")]
+        layers = recomputable(policy.model)
         assert len(layers) == 2
         for layer in layers:
-            layer.register_forward_pre_hook(lambda m, i, seen=seen: seen.append(1))
-        policy.backward(tiny.traces(), lambda logp: logp.sin(), lambda loss: loss.backward())
-        gradients.append({n: p.grad for n, p in policy.model.named_parameters() if p.requires_grad})
+            layer.mlp.register_forward_pre_hook(lambda m, i, seen=seen: seen.append(1))
+        sizes: list[int] = []
+        with saved_tensors_hooks(
+            lambda tensor, sizes=sizes: sizes.append(tensor.numel()) or tensor, lambda tensor: tensor
+        ):
+            found.append(gradients(policy, families()))
         calls.append(len(seen))
-        assert not any(m.training for m in policy.model.modules())
-    assert calls == [2, 4]
-    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-10, atol=1e-10)
+        kept.append(sum(sizes))
+        assert not any(m.training or "forward" in vars(m) for m in policy.model.modules()), "as it was before"
+    passes = 2 if shared else 1  # over the prompts, and over what follows them
+    assert calls == [2 * passes, 4 * passes]
+    assert kept[1] < 0.6 * kept[0], "little is kept"
+    torch.testing.assert_close(found[1], found[0], rtol=1e-10, atol=1e-10)
+
+
+def test_a_model_without_layers_that_can_be_recomputed_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build_model, "recomputable", lambda model: [])
+    with pytest.raises(RebelError, match="--gradient_checkpointing: LlamaForCausalLM has no layers"):
+        build_policy(tiny.model(), tiny.tokenizer(), RebelConfig(gradient_checkpointing=True))
+
+
+def test_offloading_without_a_gpu_is_refused() -> None:
+    with pytest.raises(RebelError, match=r"--activation_offloading moves activations from a GPU .* leave it out"):
+        build_policy(tiny.model(), tiny.tokenizer(), RebelConfig(activation_offloading=True))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_offloaded_activations_change_no_gradient_and_leave_the_gpu() -> None:
+    found, peaks = [], []
+    for offload in (False, True):
+        model = tiny.model("llama", hidden_size=256, intermediate_size=1024, num_hidden_layers=8).cuda()
+        policy = build_policy(model, tiny.tokenizer(), RebelConfig(activation_offloading=offload))
+        torch.cuda.reset_peak_memory_stats()
+        found.append(gradients(policy, [tiny.trace(8, 50, seed=k) for k in range(64)]))
+        peaks.append(torch.cuda.max_memory_allocated())
+    assert peaks[1] < 0.8 * peaks[0]
+    torch.testing.assert_close(found[1], found[0])
 
 
 @pytest.mark.parametrize("kind", KINDS)

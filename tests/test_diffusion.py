@@ -164,6 +164,16 @@ def test_where_encode_prompt_is_not_understood_the_text_itself_is_passed(monkeyp
     torch.testing.assert_close(other.log_prob(drawn(made)), expected)
 
 
+@pytest.mark.parametrize("family", ["sd15", "sd3"])
+def test_gradient_checkpointing_changes_no_gradient(family: str) -> None:
+    plain, made = policy(family, double=True), policy(family, double=True)
+    made.denoiser.enable_gradient_checkpointing()
+    traces = drawn(plain, group=1)
+    for one in (plain, made):
+        one.backward(traces, Known(torch.ones(2)), backward)
+    assert relative(gradient(made), gradient(plain)) < 1e-10
+
+
 # -- memory ---------------------------------------------------------------------------------------------------------
 
 

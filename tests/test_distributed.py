@@ -49,6 +49,10 @@ RUNS: dict[str, dict[str, Any]] = {
 COMMON: dict[str, Any] = {"iterations": 2, "save_steps": 1, "eval_steps": 1}
 
 
+NATS = {"images": 2e-3}
+"""How far numbers may lie apart: paths have two thousand nats in fp32, which depend on the batch in the last digits."""
+
+
 def start(name: str) -> Any:
     if name == "images":
         return tiny_images.job(Path("unused")).recorder.learner.module
@@ -154,7 +158,8 @@ def test_two_processes_learn_what_one_does(name: str, both: tuple[Path, list[dic
     for row, its in zip(tiny.rows(tmp_path), tiny.rows(folder / name), strict=True):
         assert its.keys() == row.keys()
         for key, value in row.items():
-            assert its[key] == (pytest.approx(value, rel=1e-3, abs=1e-4) if isinstance(value, float) else value), key
+            near = pytest.approx(value, rel=1e-3, abs=NATS.get(name, 1e-4)) if isinstance(value, float) else value
+            assert its[key] == near, key
 
 
 def test_two_processes_draw_and_score_what_one_does(both: tuple[Path, list[dict[str, Any]]], tmp_path: Path) -> None:

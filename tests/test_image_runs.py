@@ -224,6 +224,8 @@ def test_weights_that_are_not_there_are_said_in_one_line(files: Path, capsys: py
         (["--offline"], "--offline true is for language models"),
         (["--algorithm", "ppo_clip", "--pairing", "extremes"], "use --pairing all"),
         (["--denoising_steps", "0"], "--denoising_steps 0: use 1 or more"),
+        (["--denoising_steps", "2000"], "the pipeline draws nothing with these settings: `num_inference_steps`: 2000"),
+        (["--image_size", "15"], "have to be divisible by 8 but are 15"),
         (["--adapter_path", "run"], "--adapter_path run has neither"),
         (["--reference", "base", "--no-use_peft", "--beta", "0.1"], "--reference base"),
     ],

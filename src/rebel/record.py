@@ -47,6 +47,7 @@ FREE = frozenset(
         "images_per_micro_batch",
         "judge_funcs",
         "shared_prefix",
+        "activation_offloading",
         "logging_steps",
         "eval_strategy",
         "eval_steps",

@@ -94,7 +94,16 @@ OF_IMAGES = (
 """Settings that mean something for a pipeline alone."""
 
 OF_TEXT = (
-    *("attn_implementation", "load_in_4bit", "offline", "data_completions", "data_columns", "judge", "eval_against"),
+    *(
+        "attn_implementation",
+        "activation_offloading",
+        "load_in_4bit",
+        "offline",
+        "data_completions",
+        "data_columns",
+        "judge",
+        "eval_against",
+    ),
     *("missing_eos_penalty", "drop_truncated", "temperature", "max_completion_length", "eval_temperature", "mixture"),
     *("chat_template_kwargs", "rounds", "from_rollouts", "tokens_per_micro_batch", "max_prompt_length"),
     *("sampler", "one_step_ahead"),

@@ -15,6 +15,7 @@ from transformers import (
 
 from rebel import credit
 from rebel.config import RebelConfig
+from rebel.errors import RebelError
 from rebel.learner import Learner, learner
 from rebel.types import Credit, Policy
 
@@ -34,7 +35,10 @@ def build_learner(
     """The learner with the optimiser and schedule of these names; `budget` is the cost of one micro-batch."""
 
     def optimizer(weights: list[Tensor]) -> torch.optim.Optimizer:
-        kind, settings = Trainer.get_optimizer_cls_and_kwargs(arguments)
+        try:
+            kind, settings = Trainer.get_optimizer_cls_and_kwargs(arguments)
+        except (ImportError, ValueError) as error:  # its library is missing, or too old
+            raise RebelError(f"--optim {config.optim}: {error}") from error
         return kind(weights, weight_decay=config.weight_decay, **settings)
 
     warmup = config.warmup_steps

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -27,8 +28,20 @@ from transformers import (
 from rebel.config import RebelConfig
 from rebel.errors import RebelError
 from rebel.loading import loaded
-from rebel.policies.causal_lm import CausalLM, LanguageModel, causal_lm, frozen_copy, initial_adapter, without_adapter
+from rebel.policies.causal_lm import (
+    CausalLM,
+    LanguageModel,
+    causal_lm,
+    frozen_copy,
+    initial_adapter,
+    packs,
+    without_adapter,
+)
+from rebel.policies.sparing import Sparing, all_of, offloading, recomputable, recomputing
 from rebel.types import LogProb
+
+PACKED = "flex_attention"
+"""The attention for which prompts and completions are packed into one row. Completions are drawn with the usual one."""
 
 
 def build_accelerator(config: RebelConfig) -> Accelerator:
@@ -50,7 +63,7 @@ def build_model(config: RebelConfig) -> LanguageModel:
     """The model of --model_name_or_path, with its adapter if one is asked for."""
     name = str(config.model_name_or_path)
     settings: dict[str, Any] = {"trust_remote_code": config.trust_remote_code, "dtype": weight_type(config)}
-    if config.attn_implementation:
+    if config.attn_implementation and config.attn_implementation != PACKED:
         settings["attn_implementation"] = config.attn_implementation
     if config.load_in_4bit:
         settings["quantization_config"] = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
@@ -74,7 +87,7 @@ def build_tokenizer(config: RebelConfig) -> PreTrainedTokenizerBase:
 def with_adapter(model: PreTrainedModel, config: RebelConfig, lora: PeftConfig | None = None) -> PeftModel:
     """The model with a new LoRA adapter, or with the one of --adapter_path to go on from."""
     if config.load_in_4bit:
-        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=config.gradient_checkpointing)
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)  # see build_sparing
     if config.adapter_path:
         return PeftModel.from_pretrained(model, config.adapter_path, is_trainable=True)
     names = config.lora_target_modules
@@ -87,10 +100,35 @@ def with_adapter(model: PreTrainedModel, config: RebelConfig, lora: PeftConfig |
 
 def build_policy(model: LanguageModel, tokenizer: PreTrainedTokenizerBase, config: RebelConfig) -> CausalLM:
     policy = causal_lm(model, tokenizer, config.temperature, config.chat_template_kwargs)
-    if config.gradient_checkpointing:  # whose layers take no keys and values from a pass before
-        policy.bare.causal.gradient_checkpointing_enable({"use_reentrant": False})
-    shared = policy.shared_prefix and config.shared_prefix and not config.gradient_checkpointing
-    return replace(policy, shared_prefix=shared)
+    shared = policy.shared_prefix and config.shared_prefix
+    packed = config.attn_implementation == PACKED
+    if packed and not (config.shared_prefix and policy.device.type == "cuda" and packs(policy)):
+        raise RebelError(
+            f"--attn_implementation {PACKED} packs prompts and their completions into one row: that takes a GPU, "
+            "--shared_prefix, and a model that transformers can give this attention and whose own has no windows; "
+            "leave it out"
+        )
+    copy_cost = 0.0 if config.gradient_checkpointing else policy.copy_cost  # which makes copies again, too
+    return replace(
+        policy, shared_prefix=shared, packed=packed, copy_cost=copy_cost, sparing=build_sparing(model, config)
+    )
+
+
+def build_sparing(model: LanguageModel, config: RebelConfig) -> Sparing:
+    """How a backward pass keeps less in memory."""
+    if config.gradient_checkpointing and not recomputable(model):
+        raise RebelError(
+            f"--gradient_checkpointing: {type(model).__name__} has no layers that transformers can compute again; "
+            "leave it out, and lower --tokens_per_micro_batch instead"
+        )
+    if config.activation_offloading and next(model.parameters()).device.type == "cpu":
+        raise RebelError(
+            "--activation_offloading moves activations from a GPU to the memory of the host, and there is no GPU here; "
+            "leave it out"
+        )
+    chosen = ((recomputing, config.gradient_checkpointing), (offloading, config.activation_offloading))
+    ways = [way for way, wanted in chosen if wanted]
+    return partial(all_of, ways) if ways else nullcontext
 
 
 def build_reference(policy: CausalLM, config: RebelConfig) -> LogProb | None:

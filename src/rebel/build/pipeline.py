@@ -10,7 +10,7 @@ import torch
 from accelerate import Accelerator
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.utils.logging import disable_progress_bar
-from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
+from peft import LoraConfig, PeftConfig, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -61,9 +61,9 @@ def trainable(pipeline: DiffusionPipeline, config: RebelConfig) -> DiffusionPipe
     elif config.adapter:
         add_lora(denoiser, config)
     for name, weight in denoiser.named_parameters() if config.adapter else []:
-        if "lora_" in name:  # small steps vanish in bf16
+        if "lora_" in name:
             weight.requires_grad_(True)
-            weight.data = weight.data.float()
+            weight.data = weight.data.float() if weight.dtype in REDUCED else weight.data  # small steps vanish in bf16
     if config.gradient_checkpointing:
         denoiser.enable_gradient_checkpointing()
     return pipeline
@@ -88,7 +88,7 @@ def add_lora(denoiser: Any, config: RebelConfig) -> None:
             raise RebelError(f"--lora_target_modules {' '.join(names)}: {reason}") from error
 
 
-def inject(lora: LoraConfig, denoiser: Any) -> None:
+def inject(lora: PeftConfig, denoiser: Any) -> None:
     """Put an adapter into the model, by diffusers where it knows how to."""
     if hasattr(denoiser, "add_adapter"):
         denoiser.add_adapter(lora)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,17 +16,42 @@ from torch.func import functional_call
 from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from trl.kernels import ChunkedLogProbFunction
+from trl.kernels.chunked_logprob import TOKEN_CHUNK_SIZE
 from trl.trainer.utils import use_adapter
 
 from rebel.errors import RebelError
-from rebel.policies.rows import Padded, Places, Rows, padded, rows, shared_prefix, tokens
+from rebel.policies.rows import (
+    Padded,
+    Places,
+    Rows,
+    copied,
+    full_attention,
+    packed,
+    padded,
+    rows,
+    shared_prefix,
+    shares,
+    tokens_apart,
+    tokens_packed,
+    tokens_shared,
+)
+from rebel.policies.sparing import Sparing
 from rebel.types import Completion, Content, LogProb, Prompt, TokenTrace
 
 LanguageModel = PreTrainedModel | PeftModel
 """As transformers loads it, or with an adapter around it."""
 
-CHUNK_ELEMENTS = 2**24
-"""Most logits held at once: 64 MiB in fp32, whatever the vocabulary."""
+CHUNK_ELEMENTS = {"cpu": 2**24, "cuda": 2**26}
+"""Most logits held at once, whatever the vocabulary: 64 and 256 MiB in fp32.
+
+On a GPU every piece reads the whole output layer again.
+"""
+
+
+def most_logits(device: torch.device) -> int:
+    """How many logits are held at once on such a device."""
+    return CHUNK_ELEMENTS.get(device.type, CHUNK_ELEMENTS["cpu"])
 
 
 class Scorer(nn.Module):
@@ -55,16 +80,26 @@ class Scorer(nn.Module):
         return rows.places(self.causal)
 
     def chunked_logp(self, hidden: Float[Tensor, "K H"], targets: Int[Tensor, " K"]) -> Float[Tensor, " K"]:
-        """log pi of each target, in pieces: logits of one piece at a time, made again in the backward pass."""
+        """log pi of each target: logits of one piece at a time, made again in the backward pass."""
         if len(hidden) <= self.piece:  # one piece: holding it costs no more than the bound
             return self.token_logp(hidden, targets)
+        if type(self.head) is nn.Linear and hidden.dtype != torch.float64:  # TRL's pieces are in fp32
+            return self.tiled_logp(hidden, targets)
         pieces = zip(hidden.split(self.piece), targets.split(self.piece), strict=True)
         return torch.cat([checkpoint(self.token_logp, h, y, use_reentrant=False) for h, y in pieces])
+
+    def tiled_logp(self, hidden: Float[Tensor, "K H"], targets: Int[Tensor, " K"]) -> Float[Tensor, " K"]:
+        """The same in tiles of tokens and vocabulary, by TRL: in Triton on a GPU. The gradient is summed in place."""
+        tile = max(1, most_logits(hidden.device) // TOKEN_CHUNK_SIZE)
+        weight, bias = self.head.weight, self.head.bias
+        given = (hidden, weight, bias, targets, self.temperature, tile, self.softcap, 1.0, ())
+        found: Any = ChunkedLogProbFunction.apply(*given)
+        return found[0]
 
     @property
     def piece(self) -> int:
         """How many tokens' logits are held at once."""
-        return max(1, CHUNK_ELEMENTS // self.causal.config.get_text_config().vocab_size)
+        return max(1, most_logits(self.causal.device) // self.causal.config.get_text_config().vocab_size)
 
     def token_logp(self, hidden: Float[Tensor, "K H"], targets: Int[Tensor, " K"]) -> Float[Tensor, " K"]:
         """log pi of each target, in nats."""
@@ -72,14 +107,23 @@ class Scorer(nn.Module):
 
     def logits(self, hidden: Float[Tensor, "K H"]) -> Float[Tensor, "K V"]:
         """Logits at the sampling temperature, in at least fp32."""
+        logits = self.head(hidden)
+        logits = logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
+        if self.softcap:
+            logits = self.softcap * torch.tanh(logits / self.softcap)
+        return logits if self.temperature == 1 else logits / self.temperature
+
+    @property
+    def head(self) -> nn.Module:
+        """The output layer."""
         head = self.causal.get_output_embeddings()
         assert head is not None, "a causal language model has an output layer"
-        logits = head(hidden)
-        logits = logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
-        softcap = getattr(self.causal.config.get_text_config(), "final_logit_softcapping", None)
-        if softcap:
-            logits = softcap * torch.tanh(logits / softcap)
-        return logits / self.temperature
+        return head
+
+    @property
+    def softcap(self) -> float | None:
+        """The bound that some models put on their logits."""
+        return getattr(self.causal.config.get_text_config(), "final_logit_softcapping", None)
 
 
 class Former(nn.Module):
@@ -109,6 +153,12 @@ class CausalLM:
     chat_template_kwargs: dict
     shared_prefix: bool = False
     """Whether a prompt goes through the model once for all its completions in a micro-batch."""
+    packed: bool = False
+    """Whether it does so in one row without padding, by FlexAttention."""
+    copy_cost: float = 0.0
+    """What a backward pass keeps for the copied keys and values of a token, relative to all it keeps for one."""
+    sparing: Sparing = nullcontext
+    """How a backward pass keeps less in memory."""
 
     @property
     def bare(self) -> Scorer:
@@ -132,6 +182,8 @@ class CausalLM:
 
     def rows(self, traces: Sequence[TokenTrace]) -> Rows:
         """The traces as tensors for the model."""
+        if self.packed and all(trace.prompt for trace in traces):
+            return packed(traces, self.device)
         return rows(traces, self.device, self.shared_prefix)
 
     def backward(
@@ -141,7 +193,7 @@ class CausalLM:
         backward: Callable[[Tensor], None],
     ) -> Float[Tensor, "N 1"]:
         """Back-propagate sum(c * log_prob) with c = weigh(log_prob); returns the log-probabilities."""
-        with recomputing(self.model):
+        with self.sparing(self.model):
             logp = self.log_prob(traces)
             backward((weigh(logp.detach()) * logp).sum())
         return logp.detach()
@@ -162,8 +214,15 @@ class CausalLM:
         return kl.new_zeros(len(traces)).index_add(0, row, kl)[:, None]
 
     def cost(self, traces: Sequence[TokenTrace]) -> int:
-        """Tokens that go through the model for these traces in one micro-batch."""
-        return tokens(traces, self.shared_prefix)
+        """Tokens that go through the model for these traces in one micro-batch.
+
+        Copies of the keys and values of prompts count as the tokens that take as much memory.
+        """
+        if self.packed:
+            return tokens_packed(traces)
+        if not self.shared_prefix or not shares(traces):
+            return tokens_apart(traces)
+        return tokens_shared(traces) + round(self.copy_cost * copied(traces))
 
     def encode(self, prompt: Prompt) -> list[int]:
         """Token ids of a prompt: text as the tokenizer takes it, messages through the chat template."""
@@ -237,7 +296,14 @@ def causal_lm(
         tokenizer.pad_token = tokenizer.eos_token
     policy = CausalLM(Scorer(model, temperature), tokenizer, eos, chat_template_kwargs or {})
     check_head(policy)
-    return replace(policy, shared_prefix=shares_prefix(policy))
+    shape = model.config.get_text_config()
+    return replace(policy, shared_prefix=shares_prefix(policy), copy_cost=2 * shape.hidden_size / kept_of_token(shape))
+
+
+def kept_of_token(shape: Any) -> int:
+    """About how many numbers a layer keeps of a token for the backward pass."""
+    inner = getattr(shape, "intermediate_size", None) or 4 * shape.hidden_size
+    return 10 * shape.hidden_size + 4 * inner
 
 
 def ends_of_sequence(model: LanguageModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
@@ -264,23 +330,6 @@ def disable_dropout(model: nn.Module) -> None:
                 setattr(module, name, 0.0)
 
 
-@contextmanager
-def recomputing(model: nn.Module) -> Iterator[None]:
-    """Within this context the layers with gradient checkpointing make their activations again in the backward pass.
-
-    transformers does so in training mode alone, in which such a layer would also drop the cache of the sampler. So
-    that mode lasts as long as the backward pass, and only the layers themselves, with no module in them, are in it.
-    """
-    layers = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]
-    for layer in layers:
-        layer.training = True
-    try:
-        yield
-    finally:
-        for layer in layers:
-            layer.training = False
-
-
 @torch.no_grad()
 def check_head(policy: CausalLM) -> None:
     """Refuse a model whose logits are not its output embedding of its last hidden state."""
@@ -296,21 +345,32 @@ def check_head(policy: CausalLM) -> None:
         )
 
 
-@torch.no_grad()
 def shares_prefix(policy: CausalLM) -> bool:
     """Whether completions can go on from one pass over their prompt: tried, with prompts of two lengths.
 
-    Models that keep no keys and values, or that take no positions, fail in ways of their own. Hidden states are
-    compared, which every mistake in a mask or a position moves.
+    Models that keep no keys and values, or that take no positions, fail in ways of their own.
     """
+    return agrees(policy, shared_prefix)
+
+
+def packs(policy: CausalLM) -> bool:
+    """Whether FlexAttention computes everything in one row: tried in the same way."""
+    return full_attention(policy.bare.causal) and agrees(policy, packed)
+
+
+@torch.no_grad()
+def agrees(policy: CausalLM, layout: Callable[[Sequence[TokenTrace], torch.device], Rows]) -> bool:
+    """Whether the hidden states of a layout, which every mistake in a mask or a position moves, are those of rows."""
     ids = tuple(probe_ids(policy, 12)[0].tolist())
     traces = [TokenTrace(ids[:6], ids[6:9]), TokenTrace(ids[:6], ids[7:12]), TokenTrace(ids[1:4], ids[4:8])]
     apart = policy.bare.places(padded(traces, policy.device)).hidden.float()
     try:
-        shared = policy.bare.places(shared_prefix(traces, policy.device)).hidden.float()
+        found = policy.bare.places(layout(traces, policy.device)).hidden.float()
     except Exception:  # whatever a model raises that was not made for it
         return False
-    return torch.allclose(shared, apart, rtol=closeness(policy), atol=closeness(policy))
+    # by norms: in half precision single numbers differ between two kernels, while a mistake turns the whole state
+    away = (found - apart).norm(dim=-1) / apart.norm(dim=-1)
+    return bool((away < (0.1 if in_half(policy) else 1e-3)).all())
 
 
 def probe_ids(policy: CausalLM, count: int) -> Int[Tensor, "1 T"]:
@@ -322,7 +382,12 @@ def probe_ids(policy: CausalLM, count: int) -> Int[Tensor, "1 T"]:
 
 def closeness(policy: CausalLM) -> float:
     """By how much two ways to the same log-probabilities may differ in the precision of the weights."""
-    return 1e-2 if next(policy.model.parameters()).dtype in (torch.bfloat16, torch.float16) else 1e-3
+    return 1e-2 if in_half(policy) else 1e-3
+
+
+def in_half(policy: CausalLM) -> bool:
+    """Whether the weights have 16 bits."""
+    return next(policy.model.parameters()).dtype in (torch.bfloat16, torch.float16)
 
 
 def frozen_copy(policy: CausalLM) -> LogProb:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
 
 from rebel.types import TokenTrace
 
@@ -38,6 +41,32 @@ class Padded(NamedTuple):
         return Places(row, self.ids[row, column + 1], hidden[row, column])
 
 
+class BranchingLayer(DynamicLayer):
+    """Keys and values of prompts, kept once and repeated where a completion that goes on from them reads them."""
+
+    def __init__(self, keys: Tensor, values: Tensor, owner: Int[Tensor, " N"]) -> None:
+        super().__init__()
+        self.lazy_initialization(keys, values)
+        self.keys, self.values = keys, values
+        self.of_prompts, self.owner = (keys, values), owner
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """The keys and values of every completion behind those of its prompt. They are not kept."""
+        keys, values = self.of_prompts
+        keys, values = keys[self.owner], values[self.owner]
+        return torch.cat([keys, key_states], dim=-2), torch.cat([values, value_states], dim=-2)
+
+
+def branch(cache: DynamicCache, owner: Int[Tensor, " N"]) -> None:
+    """Go on from the prompts in a cache with completions of these prompts."""
+    layers: list[Any] = cache.layers
+    for index, layer in enumerate(layers):
+        if layer.__class__ is DynamicLayer:
+            layers[index] = BranchingLayer(layer.keys, layer.values, owner)
+        else:  # a window of tokens, which it moves itself
+            layer.batch_select_indices(owner)
+
+
 class SharedPrefix(NamedTuple):
     """Prompts, padded on the left, and completions, padded on the right, each with the index of its prompt.
 
@@ -60,7 +89,7 @@ class SharedPrefix(NamedTuple):
         before = self.after_prompts(causal, cache)[self.owner]
         hidden = before[:, None]
         if self.ids.shape[1] > 1:
-            cache.batch_select_indices(self.owner)
+            branch(cache, self.owner)
             hidden = torch.cat([hidden, self.within_completions(causal, cache)], dim=1)
         row, column = self.written.nonzero(as_tuple=True)
         return Places(row, self.ids[row, column], hidden[row, column])
@@ -92,7 +121,58 @@ class SharedPrefix(NamedTuple):
         return output.last_hidden_state
 
 
-Rows = Padded | SharedPrefix
+class Packed(NamedTuple):
+    """One row of everything: each prompt followed by its completions, of which every one sees the prompt and itself.
+
+    Nothing is padded. It needs FlexAttention, which skips the blocks of attention that nobody sees. `part` is 0 for
+    prompts; `before` is where the prediction of a written token is made.
+    """
+
+    ids: Int[Tensor, "1 T"]
+    positions: Int[Tensor, "1 T"]
+    group: Int[Tensor, " T"]
+    part: Int[Tensor, " T"]
+    trace: Int[Tensor, " K"]
+    before: Int[Tensor, " K"]
+    at: Int[Tensor, " K"]
+    traces: int
+
+    def places(self, causal: PreTrainedModel) -> Places:
+        with attention_of(causal, "flex_attention"):
+            output = backbone(causal)(
+                input_ids=self.ids, attention_mask=self.seen(), position_ids=self.positions, use_cache=False
+            )
+        return Places(self.trace, self.ids[0, self.at], output.last_hidden_state[0, self.before])
+
+    def seen(self) -> BlockMask:
+        """Which tokens see which."""
+        group, part = self.group, self.part
+        sees = lambda batch, head, now, then: (  # noqa: E731 - FlexAttention counts its arguments
+            (then <= now) & (group[then] == group[now]) & ((part[then] == 0) | (part[then] == part[now]))
+        )
+        return create_block_mask(sees, None, None, len(group), len(group), device=str(group.device))
+
+
+Rows = Padded | SharedPrefix | Packed
+
+
+@contextmanager
+def attention_of(causal: PreTrainedModel, name: str) -> Iterator[None]:
+    """Within this context the model computes attention in this way."""
+    config = causal.config.get_text_config()
+    usual = config._attn_implementation
+    config._attn_implementation = name
+    try:
+        yield
+    finally:
+        config._attn_implementation = usual
+
+
+def full_attention(causal: PreTrainedModel) -> bool:
+    """Whether every token of the model sees all that stand before it, and no window of them."""
+    config = causal.config.get_text_config()
+    layers = set(getattr(config, "layer_types", None) or ["full_attention"])
+    return layers == {"full_attention"} and getattr(config, "sliding_window", None) is None
 
 
 def backbone(causal: PreTrainedModel) -> Any:
@@ -105,10 +185,18 @@ def attended(real: Bool[Tensor, "N T"]) -> Int[Tensor, "N T"] | None:
     return None if bool(real.all()) else real.long()
 
 
-def tokens(traces: Sequence[TokenTrace], share: bool) -> int:
-    """Tokens, padding included, that go through the model for these traces together."""
-    apart = len(traces) * max(len(trace) for trace in traces)
-    return min(apart, tokens_shared(traces)) if share else apart
+def shares(traces: Sequence[TokenTrace]) -> bool:
+    """Whether fewer tokens, padding included, go through the model with every prompt once."""
+    return all(trace.prompt for trace in traces) and tokens_shared(traces) < tokens_apart(traces)
+
+
+def tokens_apart(traces: Sequence[TokenTrace]) -> int:
+    return len(traces) * max(len(trace) for trace in traces)
+
+
+def copied(traces: Sequence[TokenTrace]) -> int:
+    """Tokens of prompts whose keys and values are repeated for their completions, with every prompt once."""
+    return len(traces) * max(len(trace.prompt) for trace in traces)
 
 
 def tokens_shared(traces: Sequence[TokenTrace]) -> int:
@@ -118,11 +206,31 @@ def tokens_shared(traces: Sequence[TokenTrace]) -> int:
 
 def rows(traces: Sequence[TokenTrace], device: torch.device, share: bool) -> Rows:
     """The traces in the layout with fewer tokens."""
-    apart = len(traces) * max(len(trace) for trace in traces)
-    nothing_before = any(not trace.prompt for trace in traces)
-    if not share or nothing_before or tokens_shared(traces) >= apart:
-        return padded(traces, device)
-    return shared_prefix(traces, device)
+    return shared_prefix(traces, device) if share and shares(traces) else padded(traces, device)
+
+
+def tokens_packed(traces: Sequence[TokenTrace]) -> int:
+    return sum(map(len, {trace.prompt for trace in traces})) + sum(len(trace.completion) for trace in traces)
+
+
+def packed(traces: Sequence[TokenTrace], device: torch.device) -> Packed:
+    """The traces by prompt, in the order of its first completion. Every prompt has a token at least."""
+    family: dict[tuple[int, ...], list[int]] = {}
+    for index, trace in enumerate(traces):
+        family.setdefault(trace.prompt, []).append(index)
+    columns: list[tuple[int, int, int, int]] = []  # id, position, group, part
+    places: list[tuple[int, int, int]] = []  # trace, where the prediction is made, where the token stands
+    for group, (prompt, members) in enumerate(family.items()):
+        columns += [(token, k, group, 0) for k, token in enumerate(prompt)]
+        ends = len(columns) - 1
+        for part, index in enumerate(members, start=1):
+            begins, trace = len(columns), traces[index]
+            columns += [(token, len(prompt) + k, group, part) for k, token in enumerate(trace.completion)]
+            written = [k for k, own in enumerate(trace.written) if own]
+            places += [(index, begins + k - 1 if k else ends, begins + k) for k in written]
+    ids, positions, groups, parts = torch.tensor(columns, device=device).unbind(dim=1)
+    index, before, at = torch.tensor(places, device=device).view(-1, 3).unbind(dim=1)
+    return Packed(ids[None], positions[None], groups, parts, index, before, at, len(traces))
 
 
 def padded(traces: Sequence[TokenTrace], device: torch.device) -> Padded:

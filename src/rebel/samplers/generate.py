@@ -10,11 +10,11 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from transformers import DynamicCache
 
 from rebel.policies.causal_lm import CausalLM
+from rebel.samplers.prefilled import Prefilled
 from rebel.types import Prompt, Rollout, TokenTrace
 
 DROP_SHARE = 0.125
@@ -52,24 +52,23 @@ class Generate:
     def draw(self, prompts: Sequence[Sequence[int]], group_size: int, seed: int) -> list[list[int]]:
         """Token ids of `group_size` completions of each prompt, ends of sequence included."""
         generator = torch.Generator(self.policy.device).manual_seed(seed)
-        batch = Prefilled.of(self.policy, prompts, group_size)
-        completions: list[list[int]] = [[] for _ in range(len(prompts) * group_size)]
+        batch = Prefilled.of(self.policy, prompts, group_size, self.max_new_tokens)
+        written = Written.of(len(prompts) * group_size, self.max_new_tokens, self.policy.device)
         ends = torch.tensor(sorted(self.policy.eos_ids), device=self.policy.device)
-        rows = torch.arange(len(completions), device=self.policy.device)
-        alive = torch.ones_like(rows, dtype=torch.bool)
+        alive = torch.ones_like(written.rows, dtype=torch.bool)
+        living = len(alive)
         for position in range(self.max_new_tokens):
             tokens = choose(batch.logits, self.temperature, generator)
-            for row, token, lives in zip(rows.tolist(), tokens.tolist(), alive.tolist(), strict=True):
-                if lives:
-                    completions[row].append(token)
-            self.drawn(int(alive.sum()))
+            written.take(tokens, alive, position)
+            self.drawn(living)
             alive = alive & ~torch.isin(tokens, ends)
-            if not alive.any() or position + 1 == self.max_new_tokens:
+            living = int(alive.sum())  # a GPU is waited for once a token, here
+            if not living or position + 1 == self.max_new_tokens:
                 break
-            if (~alive).sum() >= DROP_SHARE * len(alive):
-                batch, tokens, rows, alive = batch.only(alive), tokens[alive], rows[alive], alive[alive]
+            if len(alive) - living >= DROP_SHARE * len(alive):
+                batch, written, tokens, alive = batch.only(alive), written.only(alive), tokens[alive], alive[alive]
             batch = batch.then(tokens)
-        return completions
+        return written.completions()
 
 
 def choose(logits: Float[Tensor, "N V"], temperature: float, generator: torch.Generator) -> Int[Tensor, " N"]:
@@ -83,49 +82,28 @@ def choose(logits: Float[Tensor, "N V"], temperature: float, generator: torch.Ge
 
 
 @dataclass(frozen=True)
-class Prefilled:
-    """Sequences so far: their cache, the mask of what is no padding, and the logits of what comes next."""
+class Written:
+    """What has been drawn so far, and which completions the rows of the batch are."""
 
-    policy: CausalLM
-    cache: DynamicCache
-    mask: Int[Tensor, "N T"]
-    logits: Float[Tensor, "N V"]
+    ids: Int[Tensor, "N C"]
+    lengths: Int[Tensor, " N"]
+    rows: Int[Tensor, " A"]
 
     @classmethod
-    def of(cls, policy: CausalLM, prompts: Sequence[Sequence[int]], group_size: int) -> Prefilled:
-        """The prompts, padded on the left and computed once, then repeated for each completion."""
-        length = max(len(prompt) for prompt in prompts)
-        padded = [[0] * (length - len(prompt)) + list(prompt) for prompt in prompts]
-        real = [[0] * (length - len(prompt)) + [1] * len(prompt) for prompt in prompts]
-        ids, mask = (torch.tensor(x, device=policy.device) for x in (padded, real))
-        cache = DynamicCache(config=policy.bare.causal.config)
-        logits = forward(policy, ids, mask, cache)
-        cache.batch_repeat_interleave(group_size)
-        return cls(policy, cache, mask.repeat_interleave(group_size, 0), logits.repeat_interleave(group_size, 0))
+    def of(cls, completions: int, tokens: int, device: torch.device) -> Written:
+        """Nothing yet."""
+        rows = torch.arange(completions, device=device)
+        return cls(torch.zeros(completions, tokens, dtype=torch.long, device=device), torch.zeros_like(rows), rows)
 
-    def only(self, keep: Tensor) -> Prefilled:
-        """These rows and no others."""
-        self.cache.batch_select_indices(keep.nonzero()[:, 0])
-        return Prefilled(self.policy, self.cache, self.mask[keep], self.logits[keep])
+    def take(self, tokens: Int[Tensor, " A"], alive: Bool[Tensor, " A"], position: int) -> None:
+        """One more token of every completion that has not ended."""
+        self.ids[self.rows, position] = tokens
+        self.lengths[self.rows] += alive
 
-    def then(self, tokens: Int[Tensor, " N"]) -> Prefilled:
-        """One token further."""
-        mask = torch.cat([self.mask, self.mask.new_ones(len(tokens), 1)], dim=1)
-        logits = forward(self.policy, tokens[:, None], mask, self.cache)
-        return Prefilled(self.policy, self.cache, mask, logits)
+    def only(self, alive: Bool[Tensor, " A"]) -> Written:
+        """The batch has these rows left."""
+        return Written(self.ids, self.lengths, self.rows[alive])
 
-
-def forward(
-    policy: CausalLM, ids: Int[Tensor, "N T"], mask: Int[Tensor, "N L"], cache: DynamicCache
-) -> Float[Tensor, "N V"]:
-    """Logits of the next token, positions counted from the first token that is no padding."""
-    positions = (mask.cumsum(dim=1) - 1).clamp(min=0)[:, -ids.shape[1] :]
-    output = policy.model(
-        input_ids=ids,
-        attention_mask=None if mask.all() else mask,
-        position_ids=positions,
-        past_key_values=cache,
-        use_cache=True,
-        logits_to_keep=1,
-    )
-    return output.logits[:, -1]
+    def completions(self) -> list[list[int]]:
+        """Token ids, up to and with the end of sequence."""
+        return [ids[:length] for ids, length in zip(self.ids.tolist(), self.lengths.tolist(), strict=True)]

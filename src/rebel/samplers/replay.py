@@ -24,10 +24,16 @@ TOLERANCE = 1e-3
 def check_replay(sampler: Denoise, prompts: Sequence[Prompt], seed: int = 0) -> float:
     """The largest difference in nats between a drawn and a replayed log p of a step, over one batch of images.
 
-    Raises RebelError with the step and what differs where that is beyond TOLERANCE.
+    Raises RebelError with the step and what differs where that is beyond TOLERANCE, and where nothing can be drawn.
     """
     asked = [prompts[k % len(prompts)] for k in range(sampler.batch)]
-    traces = [trace for rollout in sampler(asked, 1, seed) for trace in rollout.traces]
+    try:
+        traces = [trace for rollout in sampler(asked, 1, seed) for trace in rollout.traces]
+    except RebelError:
+        raise
+    except (ValueError, TypeError) as error:  # what a pipeline says of its arguments
+        said = str(error).strip().splitlines()[0]
+        raise RebelError(f"the pipeline draws nothing with these settings: {said}") from error
     drawn = torch.stack([trace.drawn_logp for trace in traces if trace.drawn_logp is not None])
     replayed = replay(sampler.policy, traces, sampler.precision)
     gap = (replayed - drawn).abs()
