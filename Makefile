@@ -11,12 +11,15 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
 	@touch $@
 
-.PHONY: install quickstart test test-vllm lint types
+.PHONY: install quickstart quickstart-images test test-vllm lint types
 
 install: $(VENV)/.installed
 
 quickstart: install
 	$(BIN)/rebel quickstart
+
+quickstart-images: install
+	$(BIN)/rebel quickstart images
 
 test: install
 	$(BIN)/python -m pytest -n 2 --dist loadfile

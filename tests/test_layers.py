@@ -63,7 +63,7 @@ FOREIGN = {
     "iterates": {"torch", "safetensors"},
     "policies": PURE | {"transformers", "peft", "trl", "diffusers"},
     "samplers": PURE | {"transformers", "peft", "numpy", "safetensors", "httpx", "packaging"},
-    "rewards": PURE | {"transformers", "trl", "openai"},
+    "rewards": PURE | {"transformers", "trl", "openai", "safetensors"},
     "report": {"rich", "jinja2", "markupsafe", "yaml"},
     "convert": {"yaml"},
     "config": set(),

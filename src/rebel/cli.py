@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import os
 import re
 import sys
@@ -24,6 +25,7 @@ from rebel.validate import validate, validate_drawing, validate_scoring
 EXAMPLES = """\
 examples:
   rebel quickstart
+  rebel quickstart images
   rebel train config.yaml --eta 10
   rebel train --model_name_or_path MODEL --dataset_name data.jsonl --reward_funcs my.py:score --iterations 9
   rebel train rebel-run/config.yaml --resume
@@ -209,8 +211,9 @@ def _add_stages(commands: Any) -> None:
 def _add_quickstart(commands: Any) -> None:
     about = "see REBEL at work in a few minutes, without a download"
     quickstart = _command(commands, "quickstart", _quickstart, about)
-    quickstart.add_argument("task", nargs="?", default="arithmetic", choices=["arithmetic"])
-    quickstart.add_argument("--output_dir", default="rebel-quickstart", help="folder of the run")
+    quickstart.add_argument("task", nargs="?", default="arithmetic", choices=["arithmetic", "images"])
+    where = "folder of the run (default: rebel-quickstart, or rebel-quickstart-images)"
+    quickstart.add_argument("--output_dir", help=where)
     quickstart.add_argument("--seed", type=int, default=42, help="seed of everything random")
     quickstart.set_defaults(options=("output_dir", "seed"))
 
@@ -331,10 +334,22 @@ def _score(arguments: argparse.Namespace) -> int:
 
 
 def _quickstart(arguments: argparse.Namespace) -> int:
-    from rebel.tasks.arithmetic import quickstart
+    if arguments.task == "images":
+        _need("quickstart images", "diffusers", "PIL", "sklearn")
+        from rebel.tasks.digits import quickstart
+    else:
+        from rebel.tasks.arithmetic import quickstart
 
-    quickstart(arguments.output_dir, arguments.seed)
+    named = "rebel-quickstart" + ("-images" if arguments.task == "images" else "")
+    quickstart(arguments.output_dir or named, arguments.seed)
     return 0
+
+
+def _need(command: str, *packages: str) -> None:
+    """Raises RebelError where a package is missing that the command needs."""
+    missing = [package for package in packages if importlib.util.find_spec(package) is None]
+    if missing:
+        raise RebelError(f'rebel {command} needs {", ".join(missing)}: pip install "rebel-rl[diffusion]"')
 
 
 def _sample(arguments: argparse.Namespace) -> int:

@@ -14,15 +14,33 @@ from rebel.errors import RebelError
 from rebel.seeds import seed_of
 from rebel.types import Prompt
 
+LISTS = Path(__file__).parent / "prompts"
+"""Lists of prompts that come with the package, by name: animals.txt."""
+
 FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
 
 
 def load_prompts(name: str, split: str, column: str, config: str | None = None) -> list[Prompt]:
     """The prompts of one split of a hub dataset, a folder or a file; the other columns become their meta."""
-    dataset = load_rows(name, split, config)
-    if Path(name).suffix == ".txt" and column not in dataset.column_names:
-        dataset = dataset.rename_column("text", column)
+    file = text_file(name)
+    dataset = load_rows(str(file or name), split, config)
+    if file and column not in dataset.column_names:
+        dataset = dataset.rename_column("text", column).filter(lambda row: row[column].strip())
     return prompts_of(dataset, column, name)
+
+
+def text_file(name: str) -> Path | None:
+    """The file with one prompt a line that is meant: of that path, or of that name in the package."""
+    packaged = LISTS / f"{name}.txt"
+    if packaged.parent == LISTS and packaged.is_file() and not Path(name).exists():
+        return packaged
+    return Path(name) if Path(name).suffix == ".txt" else None
+
+
+def empty_lines(name: str) -> int:
+    """Lines without a prompt in a file of one prompt a line; they are skipped. 0 for any other data."""
+    file = text_file(name)
+    return sum(not line.strip() for line in file.read_text("utf-8").splitlines()) if file and file.is_file() else 0
 
 
 def load_rows(name: str, split: str, config: str | None = None) -> Dataset:

@@ -58,13 +58,18 @@ def rewards_of(group: Scored) -> Float[Tensor, " G"]:
 
 
 def sample_row(group: Scored) -> dict:
-    """The first completion of a prompt, as text."""
-    reward = float(rewards_of(group)[0])
+    """The first completion of a prompt: as text, or the picture itself under `image`."""
+    reward, content = float(rewards_of(group)[0]), group.rollout.completions[0].content
     return {
         "prompt": text(group.rollout.prompt.content),
-        "completion": text(group.rollout.completions[0].content),
+        **({"image": content} if is_picture(content) else {"completion": text(content)}),
         "reward": None if math.isnan(reward) else reward,
     }
+
+
+def is_picture(content: object) -> bool:
+    """Whether it is an image of PIL, without asking for PIL where nobody draws any."""
+    return hasattr(content, "save") and hasattr(content, "getbands")
 
 
 def text(content: object) -> str:

@@ -11,9 +11,9 @@ from accelerate.utils import broadcast_object_list
 from rebel.against import Contents, Duel, duel, paired
 from rebel.collect import Source, Watch, score_chunks
 from rebel.errors import RebelError, RunStopped
-from rebel.evaluate import Evaluation, LogProbs, evaluate
+from rebel.evaluate import Evaluation, LogProbs, evaluate, reward_metrics
 from rebel.learner import Learner
-from rebel.types import Judge, LogProb, Prompt, Rollout, Scored
+from rebel.types import Judge, LogProb, Prompt, Reward, Rollout, Scored
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +24,8 @@ class ByReward:
     prompts: Sequence[Prompt]
     mixed: Callable[[LogProbs], LogProbs] | None = None
     """Where a mixture of iterates draws: its log-probabilities from those of the policy as it is."""
+    show: int = 8
+    """How many completions are kept for the eye."""
 
     def __call__(self, learner: Learner, reference: LogProb | None, seed: int, watch: Watch) -> Evaluation:
         return self.measured(self.draw(seed, watch), learner, reference)
@@ -40,7 +42,7 @@ class ByReward:
 
         own = scored_by(learner.policy.log_prob)
         own = self.mixed(own) if self.mixed else own
-        found = evaluate(groups, own, scored_by(reference) if reference else None)
+        found = evaluate(groups, own, scored_by(reference) if reference else None, self.show)
         return replace(found, policy=self.of(learner))
 
     def of(self, learner: Learner) -> str:
@@ -72,6 +74,36 @@ class ByJudge:
 
         metrics = on_main(learner, lambda: judged().metrics())
         return replace(evaluation, metrics={**evaluation.metrics, **metrics})
+
+
+@dataclass(frozen=True, slots=True)
+class WithJudges:
+    """The reward as before, and what judges that nothing is trained on make of the same completions."""
+
+    of: ByReward
+    judges: Reward
+    """Its components are the judges, by name."""
+
+    def __call__(self, learner: Learner, reference: LogProb | None, seed: int, watch: Watch) -> Evaluation:
+        groups = self.of.draw(seed, watch)
+        evaluation = self.of.measured(groups, learner, reference)
+        metrics = on_main(learner, lambda: verdicts(self.judges([group.rollout for group in groups])))
+        return replace(evaluation, metrics={**evaluation.metrics, **metrics})
+
+
+def verdicts(judged: Sequence[Scored]) -> dict[str, float]:
+    """Each judge's mean over prompts, with its standard error, as a reward's."""
+    apart = {name: [replace(group, rewards=group.components[name]) for group in judged] for name in names(judged)}
+    found = {name: reward_metrics(groups) for name, groups in apart.items()}
+    return {
+        f"eval/judge/{name}{end}": metrics[f"eval/reward{end}"]
+        for name, metrics in found.items()
+        for end in ("", "_stderr")
+    }
+
+
+def names(judged: Sequence[Scored]) -> list[str]:
+    return list(judged[0].components) if judged else []
 
 
 def on_main(learner: Learner, work: Callable[[], Any]) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -28,7 +28,10 @@ from rebel.signals import heeding_signals
 from rebel.trackers import Trackers
 
 METRICS, SAMPLES, SETTINGS, FAILED = "metrics.jsonl", "samples.jsonl", "config.yaml", "failed_reward.json"
-BEST, ROUNDS = "best", "rounds"
+BEST, ROUNDS, IMAGES = "best", "rounds", "images"
+SMALL = 192
+"""Pixels of the longer side of a picture's copy for the report."""
+
 OPPONENTS = "eval_opponents.jsonl"
 MODEL = ("config.json", "adapter_config.json", "model_index.json", "model.safetensors", "adapter_model.safetensors")
 """Files by which a saved model is known, whoever made it."""
@@ -118,7 +121,8 @@ def clear(folder: Path) -> None:
     for name in (*LEFTOVERS, OPPONENTS, *MODEL):
         (folder / name).unlink(missing_ok=True)
     weights = folder.glob(f"{SENT}*")
-    for old in [*checkpoint.all_checkpoints(folder), folder / BEST, folder / ITERATES, folder / ROUNDS, *weights]:
+    kept = [folder / name for name in (BEST, ITERATES, ROUNDS, IMAGES)]
+    for old in [*checkpoint.all_checkpoints(folder), *kept, *weights]:
         shutil.rmtree(old, ignore_errors=True)
 
 
@@ -214,7 +218,8 @@ class Recorder:
         self.evaluated = progress.step
         if self.main:
             rows = [{"iteration": progress.iteration, **row} for row in evaluation.samples]
-            append_rows(self.folder / SAMPLES, rows)
+            self.trackers.pictures([row["image"] for row in rows if "image" in row])
+            append_rows(self.folder / SAMPLES, with_files(rows, self.folder))
         self.trackers.evaluated(evaluation.metrics)
         if self.config.load_best_model_at_end and self.better(progress, evaluation) and self.main:
             self.save_model(self.folder / BEST)
@@ -275,6 +280,29 @@ class Recorder:
 
         with heeding_signals(hear):
             yield
+
+
+def with_files(rows: Sequence[dict[str, Any]], folder: Path) -> list[dict[str, Any]]:
+    """The rows with the pictures among them written to files, which they then name."""
+    return [
+        {**row, "image": write_picture(row["image"], folder, f"{row['iteration']:06d}-{k:03d}")}
+        if "image" in row
+        else row
+        for k, row in enumerate(rows)
+    ]
+
+
+def write_picture(image: Any, folder: Path, name: str) -> str:
+    """The picture as a PNG file of the run, with a small copy for the report. Returns its name within the folder."""
+    (folder / IMAGES).mkdir(exist_ok=True)
+    image.save(folder / IMAGES / f"{name}.png")
+    if max(image.size) > SMALL:
+        small = folder / IMAGES / "small"
+        small.mkdir(exist_ok=True)
+        copy = image.copy()
+        copy.thumbnail((SMALL, SMALL))
+        copy.save(small / f"{name}.png")
+    return f"{IMAGES}/{name}.png"
 
 
 def due(last: int, now: int, every: int) -> bool:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations.integration_utils import get_reporting_integration_callbacks
 from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback
@@ -82,6 +83,18 @@ class Trackers:
         named = {key.replace("eval/", "eval_", 1): value for key, value in metrics.items()}
         self.handler.on_evaluate(self.arguments, self.state, self.control, named)
 
+    def pictures(self, images: Sequence[Any]) -> None:
+        """Show pictures of an evaluation, which transformers' callbacks have no event for, where a tracker can."""
+        if not images or not self.state.is_world_process_zero:
+            return
+        for callback in self.handler.callbacks:
+            board, wandb = getattr(callback, "tb_writer", None), getattr(callback, "_wandb", None)
+            if board is not None:
+                board.add_image("eval/images", mosaic(images), self.state.global_step, dataformats="HWC")
+            if wandb is not None and wandb.run is not None:
+                step = {"train/global_step": self.state.global_step}
+                wandb.log({"eval/images": [wandb.Image(image) for image in images], **step})
+
     def saved(self) -> None:
         self.handler.on_save(self.arguments, self.state, self.control)
 
@@ -91,6 +104,14 @@ class Trackers:
     @property
     def should_stop(self) -> bool:
         return self.control.should_training_stop
+
+
+def mosaic(images: Sequence[Any], columns: int = 10) -> np.ndarray:
+    """Pictures of one size side by side, as (height, width, 3) numbers from 0 to 255; the last row ends in black."""
+    tiles = [np.asarray(image.convert("RGB")) for image in images]
+    tiles += [np.zeros_like(tiles[0])] * (-len(tiles) % min(columns, len(tiles)))
+    rows = [np.concatenate(tiles[k : k + columns], axis=1) for k in range(0, len(tiles), columns)]
+    return np.concatenate(rows, axis=0)
 
 
 def is_number(value: Any) -> bool:

@@ -13,10 +13,11 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from rebel.build.job import Job, assembled
 from rebel.build.online import Parts, build_source, build_step_rule
 from rebel.build.pipeline import build_diffusion, build_reference, save_pipeline
+from rebel.build.rewards import build_judges
 from rebel.build.subject import Subject
-from rebel.collect import Online
+from rebel.collect import Online, Source
 from rebel.config import RebelConfig
-from rebel.evaluators import ByReward
+from rebel.evaluators import ByReward, WithJudges
 from rebel.learner import Learner
 from rebel.plan import describe_images
 from rebel.policies.diffusion import Diffusion
@@ -26,6 +27,9 @@ from rebel.samplers.denoise import Denoise, text_of
 from rebel.samplers.replay import check_replay
 from rebel.train import Evaluator
 from rebel.types import Prompt
+
+SHOWN = 40
+"""Images of an evaluation that are kept."""
 
 Prompts = tuple[Sequence[Prompt], Sequence[Prompt]]
 """Those to train on, and those to evaluate on."""
@@ -98,8 +102,6 @@ def parts_of(
     sampler = Denoise(policy, config.images_per_micro_batch, config.same_noise, precision)
     # a black image has no say in what is learnt, whatever a reward thinks of it
     source = replace(build_source(config, learner, sampler, reward, prompts[0]), drop_unfinished=True)
-    held_out = replace(source, group_size=config.eval_generations)
-    evaluator: Evaluator | None = ByReward(held_out, prompts[1]) if prompts[1] else None
 
     def check(learner: Learner) -> None:
         gap = check_replay(sampler, prompts[0], config.seed)
@@ -107,7 +109,17 @@ def parts_of(
 
     return Parts(
         Online(source, config.prompts_per_iteration, config.replace_flat_groups),
-        evaluator,
+        evaluation(config, source, prompts[1], notes) if prompts[1] else None,
         build_step_rule(config),
         checks=(check,),
     )
+
+
+def evaluation(config: RebelConfig, source: Source, prompts: Sequence[Prompt], notes: Notes) -> Evaluator:
+    """By the reward of images of held-out prompts, and by the judges that are never the reward."""
+    by_reward = ByReward(replace(source, group_size=config.eval_generations), prompts, show=SHOWN)
+    if not config.judge_funcs:
+        return by_reward
+    judges = build_judges(config, notes)
+    judges.check(prompts)
+    return WithJudges(by_reward, judges)

@@ -18,6 +18,7 @@ from rebel.build.learner import build_learner
 from rebel.build.length import iterations_of
 from rebel.build.model import build_accelerator
 from rebel.build.online import PAIRINGS, Parts
+from rebel.build.prompts import skipped_in_words
 from rebel.build.subject import Data, Subject
 from rebel.config import RebelConfig
 from rebel.fit import Regression
@@ -122,7 +123,8 @@ def assembled(
     parts = subject.parts(mover, reward(notes), notes, iterates, terminal.say)
     recorder.round = parts.per_round
     run = build_run(config, mover, subject.reference, parts, recorder)
-    return Job(config, run, recorder, iterations, subject.plan(parts, iterations, mover.average > 0), parts)
+    plan = [*subject.plan(parts, iterations, mover.average > 0), *skipped_in_words(config)]
+    return Job(config, run, recorder, iterations, plan, parts)
 
 
 def build_terminal(config: RebelConfig, iterations: int, main: bool) -> Terminal:
@@ -133,6 +135,7 @@ def build_terminal(config: RebelConfig, iterations: int, main: bool) -> Terminal
         silent=not main,
         judged=bool(config.eval_against),
         offline=config.offline,
+        pictures=bool(config.pipeline_name_or_path),
     )
 
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
+import json
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
 from accelerate import Accelerator
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
@@ -41,8 +45,31 @@ def load_pipeline(name: str, dtype: torch.dtype = torch.float32, trust_remote_co
     """A pipeline of diffusers by its folder or hub name."""
     more = {"trust_remote_code": True} if trust_remote_code else {}
     disable_progress_bar()
-    load = partial(DiffusionPipeline.from_pretrained, name, dtype=dtype, **more)
+    load = partial(pipeline_class(Path(name)).from_pretrained, name, dtype=dtype, **more)
     return loaded(name, "pipeline", load, FLAG)
+
+
+def pipeline_class(folder: Path) -> type[DiffusionPipeline]:
+    """Which class loads the pipeline of a folder.
+
+    diffusers looks the class up among its own. One of another installed package is where its components come from.
+    """
+    index = folder / "model_index.json"
+    parts = json.loads(index.read_text("utf-8")) if index.is_file() else {}
+    name = parts.get("_class_name")
+    if not isinstance(name, str) or hasattr(diffusers, name):
+        return DiffusionPipeline
+    packages = {part[0] for part in parts.values() if isinstance(part, list) and part and isinstance(part[0], str)}
+    modules = [importlib.import_module(package) for package in sorted(packages) if is_installed(package)]
+    found = [getattr(module, name) for module in modules if hasattr(module, name)]
+    return found[0] if found else DiffusionPipeline
+
+
+def is_installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # the package that it would be in
+        return False
 
 
 def weight_type(config: RebelConfig, cuda: bool) -> torch.dtype:

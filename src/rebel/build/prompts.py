@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from functools import partial
 
 from rebel.config import RebelConfig
-from rebel.data import load_prompts, that_fit
+from rebel.data import empty_lines, load_prompts, that_fit
 from rebel.errors import RebelError
 from rebel.policies.causal_lm import CausalLM
 from rebel.types import Prompt
@@ -27,6 +27,13 @@ def build_prompts(config: RebelConfig) -> tuple[list[Prompt], list[Prompt]]:
             "lower it, or name a --dataset_test_split"
         )
     return prompts[config.eval_prompts :], prompts[: config.eval_prompts]
+
+
+def skipped_in_words(config: RebelConfig) -> list[str]:
+    """A line for the plan where the file of prompts has empty lines."""
+    count = empty_lines(str(config.dataset_name)) if config.dataset_name else 0
+    lines = f"{count:,} empty line{'' if count == 1 else 's'}"
+    return [f"skipped      {lines} of {config.dataset_name}"] if count else []
 
 
 def fitting(prompts: Sequence[Prompt], policy: CausalLM, config: RebelConfig) -> tuple[list[Prompt], int]:

@@ -53,9 +53,19 @@ def for_evaluation(reward: Reward, folder: Path) -> Reward:
 def build_reward(config: RebelConfig, notes: Notes, rewards: Sequence[Any] | None = None) -> Weighted:
     """The weighted sum of the rewards of the settings, or of these objects, and of the win rate that a judge gives."""
     given = config.reward_funcs if rewards is None else rewards
-    models = {"trust_remote_code": config.trust_remote_code, **({"device": "cpu"} if config.use_cpu else {})}
+    models = of_models(config)
     found = [as_reward(reward, notes, **models) for reward in given]
     return Weighted([*found, *win_rates(config, notes, models)], config.reward_weights)
+
+
+def of_models(config: RebelConfig) -> dict[str, Any]:
+    """The settings of models that score in this process."""
+    return {"trust_remote_code": config.trust_remote_code, **({"device": "cpu"} if config.use_cpu else {})}
+
+
+def build_judges(config: RebelConfig, notes: Notes) -> Weighted:
+    """The judges of --judge_funcs, as the components of one reward that nothing is trained on."""
+    return Weighted([load_reward(name, notes, "--judge_funcs", **of_models(config)) for name in config.judge_funcs])
 
 
 def reward_if_any(config: RebelConfig, notes: Notes, rewards: Sequence[Any] | None = None) -> Weighted | None:

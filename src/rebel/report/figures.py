@@ -9,7 +9,7 @@ from typing import Any
 from markupsafe import Markup
 
 from rebel.report.chart import Plot, Point, Series, plot
-from rebel.report.headline import goal_of_step
+from rebel.report.headline import JUDGE, goal_of_step
 from rebel.report.words import finite
 
 Row = Mapping[str, Any]
@@ -32,7 +32,14 @@ class Figure:
 def sections(rows: Sequence[Row], settings: Row) -> list[tuple[str, list[Figure]]]:
     """The figures that have anything to show, by section."""
     every = {
-        "Outcome": (_accuracy(rows), _reward(rows), _frontier(rows), _components(rows), _win_rate(rows, settings)),
+        "Outcome": (
+            _accuracy(rows),
+            _reward(rows),
+            _judges(rows),
+            _frontier(rows),
+            _components(rows),
+            _win_rate(rows, settings),
+        ),
         "Distance": (_kl_initial(rows, settings), _kl_iteration(rows, settings), _step(rows)),
         "Regression": (_fit(rows), _log_ratios(rows), _loss(rows), _gradient(rows)),
         "Completions": (_length(rows), _unfinished(rows), _flat(rows), _entropy(rows)),
@@ -79,6 +86,20 @@ def _reward(rows: Sequence[Row]) -> Figure:
                 _line(rows, "training", "reward", PLAIN, "reward_std"),
                 _evaluated(rows, "eval/reward", "eval/reward_stderr"),
             ],
+        ),
+    )
+
+
+def _judges(rows: Sequence[Row]) -> Figure:
+    return _figure(
+        "Held-out judges",
+        "What judges that were never the reward make of the completions of the evaluation, with one standard error."
+        " While they rise with the reward, the reward measures what is meant; where they turn and fall, it is being"
+        " exploited, and the run should have ended or paid for its distance (beta).",
+        *(
+            plot(key.removeprefix(JUDGE), [_evaluated(rows, key, f"{key}_stderr")])
+            for key in sorted({key for row in rows for key in row if key.startswith(JUDGE)})
+            if not key.endswith("_stderr")
         ),
     )
 

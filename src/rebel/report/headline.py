@@ -13,6 +13,7 @@ Row = Mapping[str, Any]
 
 RECENT = 5
 MANY_CONTRADICTIONS = 0.1
+JUDGE = "eval/judge/"
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,8 +174,8 @@ def _phase_keys(row: Row) -> list[str]:
 
 
 def _speed(rows: Sequence[Row], phase: str) -> str:
-    speed = recent(rows, f"tokens_per_second_{phase}")
-    return f", {speed:,.0f} tokens/s" if speed is not None else ""
+    speeds = {unit: recent(rows, f"{unit}_per_second_{phase}") for unit in ("tokens", "images")}
+    return "".join(f", {number(speed)} {unit}/s" for unit, speed in speeds.items() if speed is not None)
 
 
 def _iterations(rows: Sequence[Row]) -> str:
@@ -188,6 +189,7 @@ def remarks(rows: Sequence[Row], settings: Row) -> list[str]:
         _of_reward,
         _of_win_rate,
         _of_judge,
+        _of_held_out_judges,
         _of_regression,
         _of_groups,
         _of_lengths,
@@ -226,6 +228,20 @@ def _of_judge(rows: Sequence[Row], settings: Row) -> list[str]:
     if swapped is None or swapped < MANY_CONTRADICTIONS:
         return []
     return [f"With the two swapped the judge named another winner in {share(swapped)} of the latest comparisons."]
+
+
+def _of_held_out_judges(rows: Sequence[Row], settings: Row) -> list[str]:
+    first, last = endpoints(rows)
+    if not first or not last or last.value <= first.value:
+        return []
+    keys = sorted({k for row in rows for k in row if k.startswith(JUDGE) and not k.endswith("_stderr")})
+    ways = {key.removeprefix(JUDGE): endpoints(rows, key) for key in keys}
+    return [
+        f"The reward rose while the held-out judge {name} fell from {number(before.value)} to {number(after.value)}:"
+        " the reward is being exploited. A price on the distance (beta) or an earlier end may help."
+        for name, (before, after) in ways.items()
+        if before and after and before.value - after.value > 2 * (error_of_gain(before, after) or 0.0)
+    ]
 
 
 def _of_regression(rows: Sequence[Row], settings: Row) -> list[str]:

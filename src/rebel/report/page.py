@@ -25,6 +25,7 @@ from markupsafe import Markup
 from rebel.report.chart import HEIGHT, WIDTH, frame
 from rebel.report.figures import sections
 from rebel.report.headline import phases, progress, remarks, tiles
+from rebel.report.pictures import galleries
 from rebel.report.rows import METRICS, SAMPLES, read_rows
 from rebel.report.template import PAGE, SCRIPT, STYLE
 from rebel.report.words import finite, number
@@ -69,6 +70,7 @@ def write_report(run_dir: Path | str) -> Path:
         read_settings(folder / "config.yaml"),
         read_rows(folder / METRICS),
         read_rows(folder / SAMPLES),
+        folder,
     )
     fresh, final = folder / "report.html.tmp", folder / "report.html"
     fresh.write_text(page, encoding="utf-8")
@@ -85,10 +87,10 @@ def read_settings(path: Path) -> dict[str, Any]:
     return loaded if isinstance(loaded, dict) else {}
 
 
-def render(name: str, settings: Row, metrics: Sequence[Row], samples: Sequence[Row]) -> str:
-    """The whole page of a run, as text that UTF-8 can hold."""
+def render(name: str, settings: Row, metrics: Sequence[Row], samples: Sequence[Row], folder: Path) -> str:
+    """The whole page of a run, as text that UTF-8 can hold; pictures are looked for in its folder."""
     rows = sorted(metrics, key=lambda row: finite(row.get("iteration")) or 0.0)
-    pairs, first, last = compared(samples)
+    pairs, first, last = compared([row for row in samples if "image" not in row])
     environment = Environment(autoescape=True, finalize=printable, trim_blocks=True, lstrip_blocks=True)
     return environment.from_string(PAGE).render(
         name=name,
@@ -98,6 +100,7 @@ def render(name: str, settings: Row, metrics: Sequence[Row], samples: Sequence[R
         remarks=remarks(rows, settings),
         sections=sections(rows, settings),
         phases=phases(rows),
+        galleries=galleries(samples, folder),
         pairs=pairs[:MOST_PROMPTS],
         more_pairs=len(pairs[MOST_PROMPTS:]),
         first=first,
@@ -139,13 +142,18 @@ def _short(value: Any, longest: int) -> str:
 
 def _made_of(settings: Row) -> list[tuple[str, str]]:
     """The model, the prompts and the rewards of the run, as far as the settings name them."""
-    rewards = settings.get("reward_funcs")
+    rewards, judges = settings.get("reward_funcs"), settings.get("judge_funcs")
     named = {
-        "model": settings.get("model_name_or_path"),
+        "model": settings.get("model_name_or_path") or settings.get("pipeline_name_or_path"),
         "prompts": settings.get("dataset_name"),
-        "reward": ", ".join(map(str, rewards)) if isinstance(rewards, list) else rewards,
+        "reward": _listed(rewards),
+        "held-out judge": _listed(judges),
     }
     return [(what, _short(name, LONGEST_SETTING)) for what, name in named.items() if name]
+
+
+def _listed(names: Any) -> Any:
+    return ", ".join(map(str, names)) if isinstance(names, list) else names
 
 
 def compared(samples: Sequence[Row]) -> tuple[list[Pair], float | None, float | None]:

@@ -81,6 +81,12 @@ svg text { font-size: 11px; fill: var(--soft); font-family: inherit; }
 .text { white-space: pre-wrap; overflow-wrap: anywhere; max-height: 19em; overflow-y: auto; unicode-bidi: isolate;
   font-size: 14px; tab-size: 4; }
 .prompt .text { max-height: 9em; font-weight: 500; }
+.pictures { display: grid; grid-template-columns: repeat(auto-fill, minmax(150px, 1fr)); gap: 10px; margin-top: 12px; }
+.pictures.small { grid-template-columns: repeat(10, minmax(0, 1fr)); gap: 5px; }
+.pictures figure { margin: 0; min-width: 0; } .pictures img { display: block; width: 100%; border-radius: 3px; }
+.pictures.small img { image-rendering: pixelated; }
+.pictures figcaption { color: var(--soft); font-size: 11.5px; line-height: 1.4; text-align: center; overflow: hidden;
+  text-overflow: ellipsis; white-space: nowrap; }
 .none { color: var(--soft); font-style: italic; }
 summary { cursor: pointer; color: var(--s0); font-weight: 550; padding: 12px 2px; }
 table { border-collapse: collapse; width: 100%; font-size: 13px; }
@@ -196,7 +202,27 @@ PAGE = """\
   </div>
 </article>
 {% endmacro %}
+{% macro pictures() %}
+{% if galleries %}
+<section>
+<h2>{{ 'The same prompts and the same noise, before and after' if galleries | length > 1 else 'Pictures' }}</h2>
+<div class="grid">
+  {% for gallery in galleries %}
+  <div class="card"><h3>{{ gallery.title }}</h3>
+    <div class="pictures{{ ' small' if gallery.small else '' }}">
+      {% for picture in gallery.pictures %}
+      <figure title="{{ picture.prompt }}: reward {{ reward(picture.reward) }}"><img alt="{{ picture.prompt }}"
+        src="{{ picture.uri }}"><figcaption>{{ picture.prompt }}</figcaption></figure>
+      {% endfor %}
+    </div>
+  </div>
+  {% endfor %}
+</div>
+</section>
+{% endif %}
+{% endmacro %}
 {% macro completions() %}
+{{ pictures() }}
 {% if pairs %}
 <section>
 <h2>{{ 'The same prompts, before and after: most changed first' if last is not none else 'Completions' }}</h2>
@@ -217,8 +243,8 @@ PAGE = """\
 <head>
 <meta charset="utf-8">
 <meta http-equiv="Content-Security-Policy"
-  content="default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{{ script_hash }}'; base-uri 'none';
-  form-action 'none'">
+  content="default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{{ script_hash }}'; img-src data:;
+  base-uri 'none'; form-action 'none'">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{{ name }} · REBEL</title>
 <style>{{ style }}</style>

@@ -11,6 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 
+from rebel.report.headline import JUDGE
 from rebel.report.words import count, duration, finite, fixed, number, share
 
 Advance = Callable[..., None]
@@ -48,6 +49,13 @@ JUDGED = (
     Column("to", 5, evaluation="eval/win_rate_high", show=share),
 )
 """Further columns of a run that a judge follows."""
+PICTURE_COLUMNS = (
+    *COLUMNS[:4],
+    Column("judge", 8, evaluation="judge", show=fixed),
+    *COLUMNS[4:7],
+    COLUMNS[-1],
+)
+"""Those of a run that draws pictures, which have no tokens. The first held-out judge is shown."""
 OFFLINE_COLUMNS = (
     Column("iteration", 9),
     Column("samples", 10, "samples", show=count, optional=True),
@@ -82,12 +90,14 @@ class Terminal:
         console: Console | None = None,
         judged: bool = False,
         offline: bool = False,
+        pictures: bool = False,
     ) -> None:
         self._console = console or Console(quiet=silent)
         self._total = total_iterations
         self._bars = self._console.is_terminal and not (disable or silent)
         self._progress = _progress(self._console)
-        columns = OFFLINE_COLUMNS if offline else (*COLUMNS[:-1], *JUDGED, COLUMNS[-1]) if judged else COLUMNS
+        columns = (*COLUMNS[:-1], *JUDGED, COLUMNS[-1]) if judged else COLUMNS
+        columns = OFFLINE_COLUMNS if offline else PICTURE_COLUMNS if pictures else columns
         self._columns = _columns_within(self._console, columns)
         self._legend = OFFLINE_LEGEND if offline else LEGEND
         self._lines = 0
@@ -97,7 +107,8 @@ class Terminal:
         """Print the line of an iteration, and one of its evaluation if it had one."""
         iteration = int(finite(metrics.get("iteration")) or 0)
         left = self._seconds_left(iteration, finite(metrics.get("seconds/total")))
-        known = {**metrics, "iteration": iteration, "left": left}
+        judge = next((value for key, value in metrics.items() if key.startswith(JUDGE)), None)
+        known = {**metrics, "iteration": iteration, "left": left, "judge": judge}
         trained = finite(metrics.get("reward")) is not None or iteration > 0
         evaluated = any(finite(metrics.get(key)) is not None for key in ("eval/reward", "eval/accuracy"))
         for wanted, cells in ((trained, self._trained(known)), (evaluated, self._evaluated(known))):

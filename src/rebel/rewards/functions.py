@@ -26,6 +26,8 @@ Values = list[float | None]
 
 NOT_COLUMNS = {"prompt", "completion", "completion_ids"}
 PASSED = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
+PICTURES = "images"
+"""Passed beside `completions`, and the same, where those are pictures."""
 SECONDS_OF_SEARCH = 30.0
 
 
@@ -86,7 +88,7 @@ class PerCompletion:
         """Raises RebelError where the function needs a column that these prompts lack, or takes no such columns."""
         columns = columns_of(prompts)
         parameters = parameters_of(self.fn)
-        lacking = [name for name in required(parameters) if name not in (*columns, *PASSED)]
+        lacking = [name for name in required(parameters) if name not in (*columns, *PASSED, PICTURES)]
         if lacking:
             raise RebelError(
                 f"the reward function {self.name} needs the column {' and '.join(lacking)}; "
@@ -106,6 +108,8 @@ class PerCompletion:
             return list
         self.check([rollout.prompt for rollout in rollouts])
         arguments = _arguments(cases, self.notes)
+        if PICTURES in required(parameters_of(self.fn)) and PICTURES not in arguments:
+            raise RebelError(f"the reward function {self.name} reads images, and the completions are text")
         if not is_async(self.fn):
             return functools.partial(self._values, functools.partial(self.fn, **arguments), cases)
         future = asyncio.run_coroutine_threadsafe(self.fn(**arguments), event_loop())
@@ -159,14 +163,20 @@ def _arguments(cases: Sequence[Case], notes: Notes) -> dict[str, Any]:
     """The arguments of a reward function, one entry a completion in each list."""
     columns = columns_of([prompt for prompt, _ in cases])
     arguments = {name: [prompt.meta.get(name) for prompt, _ in cases] for name in columns}
-    return arguments | {
-        "prompts": [prompt.content for prompt, _ in cases],
-        "completions": [completion.content for _, completion in cases],
-        "completion_ids": [_ids(completion.trace) for _, completion in cases],
-        "trainer_state": notes.trainer_state,
-        "log_extra": notes.log_extra,
-        "log_metric": notes.log_metric,
-    }
+    drawn = [completion.content for _, completion in cases]
+    pictures = {} if any(isinstance(content, str | list) for content in drawn) else {PICTURES: drawn}
+    return (
+        arguments
+        | pictures
+        | {
+            "prompts": [prompt.content for prompt, _ in cases],
+            "completions": drawn,
+            "completion_ids": [_ids(completion.trace) for _, completion in cases],
+            "trainer_state": notes.trainer_state,
+            "log_extra": notes.log_extra,
+            "log_metric": notes.log_metric,
+        }
+    )
 
 
 def _ids(trace: Any) -> list[int] | None:

@@ -16,17 +16,23 @@ import trl.rewards
 from transformers import PreTrainedModel
 
 from rebel.errors import RebelError
-from rebel.rewards import checks
+from rebel.rewards import checks, images
+from rebel.rewards.clip import SOURCES, clip_reward
 from rebel.rewards.functions import Notes, PerCompletion
 from rebel.rewards.models import RewardModel
 from rebel.types import Reward
 
-OWN = ("exact_match",)
+OWN: dict[str, Callable[..., Any]] = {
+    "exact_match": checks.exact_match,
+    "jpeg_compressibility": images.jpeg_compressibility,
+    "jpeg_incompressibility": images.jpeg_incompressibility,
+}
 OF_TRL: list[str] = trl.rewards.__all__  # pyright: ignore[reportAttributeAccessIssue]  # its module is a lazy one
 NEED_MATH_VERIFY = ("accuracy_reward", "reasoning_accuracy_reward")
 KINDS = (
     "a reward is file.py:function, package.module:function, a name of trl.rewards, "
-    "or the folder or hub name (owner/name) of a reward model"
+    "the folder or hub name (owner/name) of a reward model, or of images jpeg_compressibility, "
+    "jpeg_incompressibility, or one of clip_score, pickscore, hpsv2 and aesthetic with its weights: hpsv2:FOLDER"
 )
 
 
@@ -44,26 +50,28 @@ def as_reward(
     return PerCompletion(what, notes=notes or Notes())
 
 
-def load_reward(spec: str, notes: Notes | None = None, **model_settings: Any) -> Reward:
-    """The reward of that name. `model_settings` are those of RewardModel, should it be a model."""
+def load_reward(spec: str, notes: Notes | None = None, flag: str = "--reward_funcs", **model_settings: Any) -> Reward:
+    """The reward of that name. `model_settings` are those of a model, should it be one; `flag` is what named it."""
+    if reward := clip_reward(spec, notes, flag, **model_settings):
+        return reward
     folder = Path(spec).expanduser()
-    function = _named(spec) or (None if folder.is_dir() else function_of(spec))
+    function = _named(spec) or (None if folder.is_dir() else function_of(spec, flag))
     if function is not None:
         return PerCompletion(function, notes=notes or Notes())
     if folder.is_dir() or may_be_on_hub(spec):
         return RewardModel(folder if folder.is_dir() else spec, **model_settings)
-    raise RebelError(f"--reward_funcs {spec} is neither a function nor a model{_nearest(spec, _names())}; {KINDS}")
+    raise RebelError(f"{flag} {spec} is neither a function nor a model{_nearest(spec, _names())}; {KINDS}")
 
 
 def _names() -> list[str]:
     ready = [name for name in OF_TRL if not name.startswith("get_")]
-    return sorted([*ready, *OWN])
+    return sorted([*ready, *OWN, *SOURCES])
 
 
 def _named(spec: str) -> Callable[..., Any] | None:
     """A function of our own or of trl.rewards."""
     if spec in OWN:
-        return getattr(checks, spec)
+        return OWN[spec]
     if spec not in OF_TRL:
         return None
     if spec.startswith("get_"):
