@@ -266,11 +266,15 @@ def test_judges_give_means_over_prompts_and_their_error() -> None:
     def red(images: list[Image.Image], **kwargs: Any) -> list[float | None]:
         return [None if image.size == (8, 8) else image.getpixel((0, 0))[0] / 255 for image in images]
 
+    def large(images: list[Image.Image], **kwargs: Any) -> list[float]:
+        return [float(image.size > (8, 8)) for image in images]
+
     rollouts = drawn([plain(), plain("black")], [plain(), noise(size=8)])
-    found = verdicts(Weighted([PerCompletion(red)])(rollouts))
+    found = verdicts(Weighted([PerCompletion(red), PerCompletion(large)])(rollouts))
     assert found["eval/judge/red"] == pytest.approx(0.75)
     assert found["eval/judge/red_stderr"] == pytest.approx(np.std([0.5, 1.0], ddof=1) / math.sqrt(2))
-    assert set(found) == {"eval/judge/red", "eval/judge/red_stderr"}
+    assert found["eval/judge/large"] == pytest.approx(0.75)
+    assert set(found) == {f"eval/judge/{name}{end}" for name in ("red", "large") for end in ("", "_stderr")}
 
 
 def test_an_evaluation_keeps_pictures_as_pictures() -> None:
