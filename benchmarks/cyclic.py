@@ -3,10 +3,10 @@
     python benchmarks/cyclic.py run --seed 1       one seed, added to results/cyclic.jsonl
     python benchmarks/cyclic.py table              results/cyclic.json and results/cyclic.md
 
-The first 32 tokens of a story are of the style "fond" if somebody loves or likes something in them, else "day" if they
-tell of a day, else "plain". The judge prefers fond to day, day to plain and plain to fond; of two stories of one style
-it prefers neither. No reward says so, and whoever stays with one style loses every comparison to another: the best
-policy is a third of each. The initial policy has 43, 15 and 43%.
+A story is drawn to its 40th token. Its last ten words are its ending, which is "glad" if it has a word of joy, else
+"day" if it tells of a day, else "plain". The judge prefers glad to day, day to plain and plain to glad; of two endings
+of one style it prefers neither. No reward says so, and whoever stays with one style loses every comparison to another:
+the best policy is a third of each. The initial policy has 29, 20 and 51%.
 """
 
 from __future__ import annotations
@@ -38,18 +38,21 @@ from rebel.iterates import put
 from rebel.train import iterate
 from rebel.types import Prompt
 
-STYLES = ("fond", "day", "plain")
+STYLES = ("glad", "day", "plain")
+ENDING = 10
+JOY = r"\b(happy|fun|loved?|liked?|friends?|play(ed|ing)?|smiled?|laughed)\b"
 RUNS = story.RESULTS / "cyclic.jsonl"
-ITERATIONS, PROMPTS, GROUP, TOKENS = 120, 16, 8, 32
+ITERATIONS, PROMPTS, GROUP, TOKENS = 120, 16, 8, 40
 PER_PROMPT = 8
 """Completions of each held-out prompt in an evaluation."""
 
 
 def style(text: str) -> str:
-    """What the judge sees of a story."""
-    if re.search(r"\b(love|like)", text):
-        return "fond"
-    return "day" if re.search(r"\bday\b", text) else "plain"
+    """What the judge sees of a story: its last words."""
+    ending = " ".join(text.lower().split()[-ENDING:])
+    if re.search(JOY, ending):
+        return "glad"
+    return "day" if re.search(r"\bday\b", ending) else "plain"
 
 
 def judge(

@@ -100,8 +100,9 @@ def stopped(folder: Path, reward: Any) -> str:
     return "not stopped"
 
 
-def work(rank: int, port: int, folder: Path) -> None:
-    """One of the processes."""
+def work(rank: int, port: int, folder: Path, pipeline: str) -> None:
+    """One of the processes. It is given a saved pipeline, since the second process of two cannot save a model."""
+    RUNS["images"]["pipeline_name_or_path"] = pipeline
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(WORLD)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
     torch.set_num_threads(1)
@@ -128,7 +129,8 @@ def both(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, list[
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["test_distributed"])
     port = free_port()
-    processes = [context.Process(target=work, args=(rank, port, folder)) for rank in range(WORLD)]
+    given = (port, folder, tiny_images.saved("sd15"))
+    processes = [context.Process(target=work, args=(rank, *given)) for rank in range(WORLD)]
     for process in processes:
         process.start()
     for process in processes:

@@ -86,8 +86,17 @@ def test_an_interrupted_run_ends_as_if_it_had_not_been(tmp_path: Path) -> None:
     assert all(torch.equal(a, b) for a, b in zip(mine.weights, its.weights, strict=True))
     assert all(torch.equal(a, b) for a, b in zip(mine.averaged, its.averaged, strict=True))
     assert tiny.rows(tmp_path / "whole") == tiny.rows(tmp_path / "parts")
-    saved = [load_file(tmp_path / name / LORA) for name in ("whole", "parts")]  # metadata has no order of its own
-    assert saved[0].keys() == saved[1].keys() and all(torch.equal(saved[0][key], saved[1][key]) for key in saved[0])
+    drawn, again = (read_rows(tmp_path / name / "samples.jsonl") for name in ("whole", "parts"))
+    assert drawn == again and drawn
+    pictures = sorted(path.name for path in (tmp_path / "whole" / "images").iterdir())
+    assert pictures == sorted(path.name for path in (tmp_path / "parts" / "images").iterdir())
+    for name in pictures:
+        assert (tmp_path / "whole" / "images" / name).read_bytes() == (
+            tmp_path / "parts" / "images" / name
+        ).read_bytes()
+    whole_adapter, its_adapter = (load_file(tmp_path / name / LORA) for name in ("whole", "parts"))
+    assert whole_adapter.keys() == its_adapter.keys()  # the file's header has no fixed order
+    assert all(torch.equal(weight, its_adapter[name]) for name, weight in whole_adapter.items())
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 

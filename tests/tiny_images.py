@@ -262,8 +262,9 @@ def reward(completions: list[Any], prompts: list[str], **columns: Any) -> list[f
 
 def job(folder: Path, family: str = "sd15", reward: Any = reward, callbacks: Any = (), **settings: Any) -> Job:
     """A run of a random pipeline in `folder`, ready to be carried out."""
-    own = {"denoising_steps": STEPS[family], "pipeline_name_or_path": saved(family), "output_dir": str(folder)}
-    config = RebelConfig(**{**SETTINGS, **own, **settings})
+    own = {"denoising_steps": STEPS[family], "output_dir": str(folder)}
+    name = settings.pop("pipeline_name_or_path", None) or saved(family)
+    config = RebelConfig(**{**SETTINGS, **own, **settings}, pipeline_name_or_path=name)
     prompts = [Prompt(text) for text in TEXTS]
     return build_image_job(
         config,
