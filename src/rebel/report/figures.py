@@ -263,8 +263,8 @@ def _length(rows: Sequence[Row]) -> Figure:
 def _unfinished(rows: Sequence[Row]) -> Figure:
     return _figure(
         "Unfinished",
-        "Share of completions that ran into the length limit without an end of their own. Their reward is that of a"
-        " fragment.",
+        "Share of completions without an end of their own: text that ran into the length limit, whose reward is that"
+        " of a fragment, and images that a safety checker blacked out.",
         plot(
             "share of completions",
             [_line(rows, "training", "unfinished"), _evaluated(rows, "eval/unfinished")],
