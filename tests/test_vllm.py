@@ -106,14 +106,18 @@ def test_layers_trained_whole_beside_an_adapter_are_sent_as_they_are_trained() -
     model = get_peft_model(tiny.model("llama", tie_word_embeddings=False), lora)
     policy = causal_lm(model, tiny.tokenizer())
     move(policy)
-    sampler(policy, twin(tie_word_embeddings=False)).refresh()
+    engine = twin(tie_word_embeddings=False)
+    sampler(policy, engine).refresh()
+    assert token_logp(engine.policy, range(3, 20)) == pytest.approx(token_logp(policy, range(3, 20)), abs=1e-4)
 
 
 def test_only_the_adapter_that_is_trained_is_merged() -> None:
     policy = with_lora(tiny.policy())
     initial_adapter(policy)
     move(policy)
-    sampler(policy, twin()).refresh()
+    engine = twin()
+    sampler(policy, engine).refresh()
+    assert token_logp(engine.policy, range(3, 20)) == pytest.approx(token_logp(policy, range(3, 20)), abs=1e-4)
 
 
 @pytest.mark.parametrize("more", [{"use_dora": True}, {"lora_bias": True, "bias": "none"}], ids=["dora", "bias"])
