@@ -17,7 +17,7 @@ ROOT = Path(rebel.__file__).parent
 
 ORDER = """
     types errors seeds
-    pairing algorithm margins credit ppo_clip
+    pairing algorithm margins credit gains ppo_clip
     stepsize data winrates iterates evaluate report rewards policies samplers micro_batches learner
     against measures way checkpoint collect evaluators fit
     train
@@ -40,6 +40,7 @@ FOREIGN = {
     "seeds": set(),
     "pairing": PURE,
     "credit": PURE,
+    "gains": PURE,
     "ppo_clip": PURE,
     "algorithm": PURE,
     "margins": PURE,

@@ -20,6 +20,17 @@ Columns. Log-probabilities have shape (N,): one regression, of the whole traject
 shape (N, C), the steps of a trajectory: then every step has a regression of its own onto the same margins, with C times
 its log-ratio for that of the trajectory, and the loss is the mean over steps. By Jensen's inequality it is at least the
 trajectory's loss at the same eta, and zero only where that is zero too. It is not the paper's.
+
+Stretches. Where it is known what each of C stretches of a trajectory changed in the expected reward (its gain), every
+stretch is regressed onto what it brought, and the loss is the sum over stretches:
+
+    d_k  = gain_k - beta * [log pi_t - log pi_ref] of stretch k
+    r~_k = d_k + lam * d_{k+1} + lam^2 * d_{k+2} + ...      what stretch k is credited with (GAE, arXiv 1506.02438)
+
+At lam = 1 the gradient at the anchor has the same expectation as that of whole trajectories, and less noise, whatever
+the gains were computed from; below 1, less of what came later counts, for a bias as large as the gains are wrong. The
+quadratic part of both losses has the same expectation to second order, since log-ratios of two stretches are
+uncorrelated under pi_t. It is not the paper's.
 """
 
 from __future__ import annotations
@@ -58,17 +69,32 @@ def regression_batch(
     reference_logp: Float[Tensor, "G *C"] | None = None,
     beta: float = 0.0,
     prompts: int = 1,
+    lam: float = 1.0,
 ) -> RegressionBatch[Trace]:
     """The regression problem of one prompt among `prompts`, every one of which counts the same."""
     margins = scored.pair_margins().to(anchor_logp)
     pairs = pairing(margins)
     left, right = pairs.unbind(dim=1)
-    margin = margins[left, right]
-    if reference_logp is not None and beta:
-        log_ratio = total(anchor_logp - reference_logp)
-        margin = margin - beta * (log_ratio[left] - log_ratio[right])
-    weight = torch.full_like(margin, 1.0 / (prompts * max(len(pairs), 1)))
+    price = beta * (anchor_logp - reference_logp) if reference_logp is not None and beta else None
+    if scored.gains is None:
+        margin, columns = margins[left, right], 1
+        if price is not None:
+            margin = margin - (total(price)[left] - total(price)[right])
+    else:
+        gains = scored.gains.to(anchor_logp)
+        brought = to_come(gains if price is None else gains - price, lam)
+        columns = brought.shape[1]
+        margin = columns * (brought[left] - brought[right])
+    weight = anchor_logp.new_full((len(pairs),), 1.0 / (prompts * columns * max(len(pairs), 1)))
     return RegressionBatch(tuple(scored.rollout.traces), anchor_logp, pairs, margin, weight)
+
+
+def to_come(gains: Float[Tensor, "G C"], lam: float) -> Float[Tensor, "G C"]:
+    """Of every stretch its own gain and those after it, each stretch later counting `lam` times as much."""
+    found = gains.clone()
+    for column in range(gains.shape[1] - 2, -1, -1):
+        found[:, column] += lam * found[:, column + 1]
+    return found
 
 
 def collate(batches: Sequence[RegressionBatch[Trace]]) -> RegressionBatch[Trace]:
@@ -100,8 +126,10 @@ def residuals(logp: Float[Tensor, "N *C"], batch: RegressionBatch, step: float) 
     return (log_ratio[left] - log_ratio[right]) / step - along(batch.margin, logp)
 
 
-def along(values: Float[Tensor, " M"], logp: Float[Tensor, "N *C"]) -> Float[Tensor, "M *C"]:
-    """The values, the same for every column of `logp`."""
+def along(values: Float[Tensor, "M *D"], logp: Float[Tensor, "N *C"]) -> Float[Tensor, "M *C"]:
+    """The values as they are, if every column of `logp` has its own, else the same for each."""
+    if values.ndim == logp.ndim:
+        return values
     return values.reshape(-1, *[1] * (logp.ndim - 1)).expand(-1, *logp.shape[1:])
 
 
@@ -125,7 +153,7 @@ def trace_weights(logp: Float[Tensor, "N *C"], batch: RegressionBatch, step: flo
 def explained(logp: Float[Tensor, "N *C"], batch: RegressionBatch, step: float) -> Float[Tensor, " 2"]:
     """(residual, total) sums of squares of the regression; R^2 = 1 - residual / total once pooled over prompts."""
     residual = batch.weight * mean_column(residuals(logp, batch, step).square())
-    return torch.stack([residual.sum(), (batch.weight * batch.margin.square()).sum()])
+    return torch.stack([residual.sum(), (batch.weight * mean_column(batch.margin.square())).sum()])
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,6 +177,7 @@ def regress(
     anchor: dict[int, Float[Tensor, "G *C"]],
     reference: Mapping[int, Float[Tensor, "G *C"]],
     objective: Objective = trace_weights,
+    lam: float = 1.0,
 ) -> Iterator[Fit]:
     """theta_{t+1} = argmin of the loss: one optimiser step for each minibatch of whole groups, in their order.
 
@@ -164,7 +193,10 @@ def regress(
             members = [chosen[place] for place in places]
             now = logp.split([len(groups[i].rollout.completions) for i in members])
             return [
-                (regression_batch(groups[i], pairing, anchor.get(i, own), reference.get(i), beta, len(chosen)), own)
+                (
+                    regression_batch(groups[i], pairing, anchor.get(i, own), reference.get(i), beta, len(chosen), lam),
+                    own,
+                )
                 for i, own in zip(members, now, strict=True)
             ]
 

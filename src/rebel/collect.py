@@ -16,6 +16,7 @@ from torch import Tensor
 from rebel.checkpoint import Progress
 from rebel.data import PromptStream, seed_of
 from rebel.errors import RebelError, RunStopped
+from rebel.gains import credited
 from rebel.learner import Learner
 from rebel.rewards.groups import Scale, drop_unfinished, flat, penalise_unfinished, scaled, usable
 from rebel.types import Prompt, Reward, Rollout, Sampler, Scored
@@ -51,7 +52,8 @@ class Source:
     def regressed(self, groups: list[Scored]) -> list[Scored]:
         """What is left to regress of scored groups, in the unit of the regression."""
         left = [drop_unfinished(group) for group in groups] if self.drop_unfinished else groups
-        return [group for group in map(usable, scaled([g for g in left if g is not None], self.scale)) if group]
+        usable_ones = map(usable, scaled([group for group in left if group is not None], self.scale))
+        return credited([group for group in usable_ones if group is not None])
 
 
 @dataclass(frozen=True, slots=True)

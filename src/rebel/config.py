@@ -121,6 +121,14 @@ class RebelConfig:
     """proximal: step 1/(1/eta + beta), stable for every eta. shaped: eta, as in the authors' code (eta*beta < 2)."""
     pairing: Literal["all", "extremes", "random"] = "all"
     """Pairs to regress: all of them, best against worst, or random disjoint ones."""
+    credit: Literal["auto", "trajectory", "step", "stretch"] = "auto"
+    """What a reward is credited to. trajectory: all of a completion or image together, as in the paper. step: each step
+    of an image, by a regression of its own. stretch: each stretch of a text, by what it changed in the reward of what
+    is written so far. auto: stretch if every reward function says `judges_beginnings = True`, else trajectory."""
+    credit_tokens: int = 8
+    """With credit stretch: tokens of a stretch. The reward functions are called for the text after each of them."""
+    credit_lambda: float = 0.3
+    """With credit stretch: the share of what the next stretch changed that one is credited with too (GAE's lambda)."""
     num_generations: int = 8
     """Completions per prompt."""
     missing_eos_penalty: float | None = None
@@ -193,8 +201,6 @@ class RebelConfig:
     """Height and width in pixels. Unset: the pipeline's own."""
     same_noise: bool = False
     """Begin all images of a prompt at the same noise; those of the next prompt at another."""
-    credit: Literal["trajectory", "step"] = "trajectory"
-    """What a reward is credited to: the whole denoising path, as in the paper, or each step by its own regression."""
     algorithm: Literal["rebel", "ppo_clip"] = "rebel"
     """rebel, or to compare with it PPO's clipped objective on the denoising steps (DDPO), which has no eta."""
     clip_range: float = 0.2

@@ -45,6 +45,8 @@ class Regression:
     beta: float = 0.0
     held_out: float = 0.0
     objective: Objective = trace_weights
+    lam: float = 1.0
+    """How much of what later stretches of a completion brought is credited to one, where that is known."""
 
     @property
     def regresses(self) -> bool:
@@ -162,6 +164,7 @@ def take_steps(
         anchor=problem.anchor,
         reference=problem.reference,
         objective=how.objective,
+        lam=how.lam,
     ):
         fits.append(now)
         done(1)
@@ -193,6 +196,7 @@ def r_squared_of(problem: Problem, how: Regression, logp: dict[int, Tensor]) -> 
                 problem.reference.get(i),
                 how.beta,
                 len(logp),
+                how.lam,
             )
             for i in logp
         ]

@@ -74,6 +74,10 @@ class Scored(Generic[Trace]):
     rewards: Float[Tensor, " G"] | None = None
     margins: Float[Tensor, "G G"] | None = None
     components: Mapping[str, Float[Tensor, " G"]] = field(default_factory=dict)
+    beginnings: Float[Tensor, "G K"] | None = None
+    """The reward of the first stretch of a completion, of its first two, ...; NaN where it has ended by then."""
+    gains: Float[Tensor, "G C"] | None = None
+    """What each stretch changed in the reward to be expected. A row sums to the reward less the group's mean."""
 
     def pair_margins(self) -> Float[Tensor, "G G"]:
         """r_i - r_j of every pair: a margin matrix as it is, rewards as their differences."""
@@ -85,12 +89,15 @@ class Scored(Generic[Trace]):
 
 @dataclass(frozen=True, slots=True)
 class RegressionBatch(Generic[Trace]):
-    """What one least-squares step needs. `margin` is of the shaped reward r~; the weights sum to one over a step."""
+    """What one least-squares step needs. `margin` is of the shaped reward r~; the weights sum to one over a step.
+
+    With a margin of its own for each of C columns the weights sum to 1 / C: the loss is the sum of the columns' losses.
+    """
 
     traces: tuple[Trace, ...]
     anchor_logp: Float[Tensor, "N *C"]
     pairs: Int[Tensor, "M 2"]
-    margin: Float[Tensor, " M"]
+    margin: Float[Tensor, "M *D"]
     weight: Float[Tensor, " M"]
 
 

@@ -77,6 +77,7 @@ BETWEEN: dict[str, tuple[Callable[[float], bool], str]] = {
     "adam_epsilon": (_positive, "a positive number"),
     "max_grad_norm": (_not_negative, "0 (no clipping) or a positive number"),
     "average": (_below_one, "a number from 0 (the last iterate) to below 1"),
+    "credit_lambda": (lambda share: 0 <= share <= 1, "a number from 0 to 1"),
     "held_out": (_below_one, "a share from 0 to below 1"),
     "num_train_epochs": (_positive, "a positive number of laps over the data"),
     "constant_margin": (_positive, "a positive number, in the unit of a reward"),
@@ -88,7 +89,7 @@ BETWEEN: dict[str, tuple[Callable[[float], bool], str]] = {
 }
 
 OF_IMAGES = (
-    *("denoising_steps", "guidance_scale", "noise_level", "noise_floor", "image_size", "same_noise", "credit"),
+    *("denoising_steps", "guidance_scale", "noise_level", "noise_floor", "image_size", "same_noise"),
     *("algorithm", "clip_range", "images_per_micro_batch", "judge_funcs"),
 )
 """Settings that mean something for a pipeline alone."""
@@ -106,7 +107,7 @@ OF_TEXT = (
     ),
     *("missing_eos_penalty", "drop_truncated", "temperature", "max_completion_length", "eval_temperature", "mixture"),
     *("chat_template_kwargs", "rounds", "from_rollouts", "tokens_per_micro_batch", "max_prompt_length"),
-    *("sampler", "one_step_ahead"),
+    *("sampler", "one_step_ahead", "credit_tokens", "credit_lambda"),
 )
 """Settings that mean something for a language model alone."""
 

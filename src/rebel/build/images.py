@@ -43,10 +43,10 @@ def build_image_job(
     callbacks: Sequence[Any] = (),
 ) -> Job:
     """All parts of a run of a pipeline, which `build_pipeline` or `trainable` has made ready. Touches no file."""
-    return assembled(config, partial(images, config, pipeline, prompts), reward, callbacks)
+    return assembled(config, partial(images, pipeline=pipeline, prompts=prompts), reward, callbacks)
 
 
-def images(config: RebelConfig, pipeline: DiffusionPipeline, prompts: Prompts, accelerator: Accelerator) -> Subject:
+def images(config: RebelConfig, accelerator: Accelerator, pipeline: DiffusionPipeline, prompts: Prompts) -> Subject:
     """The pipeline with what it is trained and evaluated on."""
     for prompt in (*prompts[0], *prompts[1]):
         text_of(prompt)

@@ -13,6 +13,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from rebel.algorithm import Objective, trace_weights
+from rebel.build.credit import decided
 from rebel.build.language import language_model
 from rebel.build.learner import build_learner
 from rebel.build.length import iterations_of
@@ -46,6 +47,7 @@ def build_run(config: RebelConfig, learner: Learner, reference: LogProb | None, 
         beta=config.beta,
         held_out=config.held_out if config.early_stop else 0.0,
         objective=objective_of(config),
+        lam=config.credit_lambda,
     )
     return Run(
         learner=learner,
@@ -88,29 +90,33 @@ def build_job(
 
     Only where everything is scored already and nothing is evaluated by reward can it do without one.
     """
-    return assembled(config, partial(language_model, config, model, tokenizer, data), reward, callbacks)
+    subject = partial(language_model, model=model, tokenizer=tokenizer, data=data)
+    return assembled(config, subject, reward, callbacks)
 
 
 def assembled(
     config: RebelConfig,
-    subject_on: Callable[[Accelerator], Subject],
+    subject_of: Callable[[RebelConfig, Accelerator], Subject],
     reward: Callable[[Notes], Weighted | None],
     callbacks: Sequence[Any] = (),
 ) -> Job:
-    """All parts of a run of what `subject_on` makes for the devices and processes of this run. Touches no file."""
+    """All parts of a run of what `subject_of` makes of the settings, on the devices of this run. Touches no file."""
     arguments = training_arguments(config)  # before the accelerator, whose state it would reset
     accelerator = build_accelerator(config)
-    subject = subject_on(accelerator)
+    notes = Notes()
+    judging = reward(notes)
+    given, config = config, decided(config, judging)
+    subject = subject_of(config, accelerator)
     iterations = iterations_of(config, subject.training)
     steps = iterations * config.steps_per_iteration * config.passes
     mover = build_learner(accelerator, subject.policy, config, arguments, steps, subject.budget)
     main, folder = accelerator.is_main_process, Path(config.output_dir)
     trackers = Trackers(callbacks, arguments, subject.model, subject.processing, mover.optimizer, mover.scheduler, main)
     terminal = build_terminal(config, iterations, main)
-    notes = Notes(trainer_state=trackers.state)
+    notes.trainer_state = trackers.state
     iterates = build_iterates(subject.model, config, iterations)
     recorder = Recorder(
-        config,
+        given,
         folder,
         terminal,
         trackers,
@@ -120,11 +126,11 @@ def assembled(
         notes.take_metrics,
         iterates=iterates,
     )
-    parts = subject.parts(mover, reward(notes), notes, iterates, terminal.say)
+    parts = subject.parts(mover, judging, notes, iterates, terminal.say)
     recorder.round = parts.per_round
     run = build_run(config, mover, subject.reference, parts, recorder)
     plan = [*subject.plan(parts, iterations, mover.average > 0), *skipped_in_words(config)]
-    return Job(config, run, recorder, iterations, plan, parts)
+    return Job(given, run, recorder, iterations, plan, parts)
 
 
 def build_terminal(config: RebelConfig, iterations: int, main: bool) -> Terminal:

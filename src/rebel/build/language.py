@@ -34,10 +34,10 @@ from rebel.types import Judge, Prompt
 
 def language_model(
     config: RebelConfig,
+    accelerator: Accelerator,
     model: LanguageModel,
     tokenizer: PreTrainedTokenizerBase,
     data: Data,
-    accelerator: Accelerator,
 ) -> Subject:
     """The model with what it is trained and evaluated on."""
     policy = build_policy(model.to(accelerator.device), tokenizer, config)

@@ -13,13 +13,11 @@ from transformers import (
     get_scheduler,
 )
 
-from rebel import credit
+from rebel.build.credit import credit_of
 from rebel.config import RebelConfig
 from rebel.errors import RebelError
 from rebel.learner import Learner, learner
-from rebel.types import Credit, Policy
-
-CREDITS: dict[str, Credit] = {"trajectory": credit.trajectory, "step": credit.step}
+from rebel.types import Policy
 
 
 def memory_of_average(config: RebelConfig) -> float:
@@ -57,5 +55,5 @@ def build_learner(
         budget=budget,
         max_grad_norm=config.max_grad_norm,
         average=memory_of_average(config),
-        credit=CREDITS["step" if config.algorithm == "ppo_clip" else config.credit],
+        credit=credit_of(config),
     )

@@ -25,6 +25,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from rebel.build.credit import stretches_of
 from rebel.config import RebelConfig
 from rebel.errors import RebelError
 from rebel.loading import loaded
@@ -110,7 +111,12 @@ def build_policy(model: LanguageModel, tokenizer: PreTrainedTokenizerBase, confi
         )
     copy_cost = 0.0 if config.gradient_checkpointing else policy.copy_cost  # which makes copies again, too
     return replace(
-        policy, shared_prefix=shared, packed=packed, copy_cost=copy_cost, sparing=build_sparing(model, config)
+        policy,
+        shared_prefix=shared,
+        packed=packed,
+        copy_cost=copy_cost,
+        sparing=build_sparing(model, config),
+        stretches=stretches_of(config),
     )
 
 

@@ -21,6 +21,7 @@ from rebel.learner import Learner
 from rebel.offline.collector import Recordings
 from rebel.pairing import all_pairs, best_against_worst, random_pairs
 from rebel.policies.causal_lm import CausalLM
+from rebel.rewards.beginnings import WithBeginnings
 from rebel.rounds.collector import Say, unscored
 from rebel.samplers.hybrid import FromColumns, Hybrid
 from rebel.samplers.mixture import Mixture
@@ -80,6 +81,9 @@ def online_parts(
     free = build_generate(config, policy, learner.accelerator) if config.one_step_ahead else sampler
     evaluator = evaluation(config, source, free, prompts[1], judge, iterates) if prompts[1] and reward else None
     rule = build_step_rule(config)
+    if config.credit == "stretch":
+        cut = policy.stretches
+        source = replace(source, reward=WithBeginnings(source.reward, policy.completion, cut.tokens, cut.count))
     if in_rounds(config):
         rounds = build_rounds(config, source, prompts[0], PAIRINGS[config.pairing], policy, say)
         return Parts(rounds, evaluator, rule, notes=(in_words(config, rounds.size),), per_round=rounds.per_round)

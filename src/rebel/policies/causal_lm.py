@@ -22,9 +22,11 @@ from trl.trainer.utils import use_adapter
 
 from rebel.errors import RebelError
 from rebel.policies.rows import (
+    WHOLE,
     Padded,
     Places,
     Rows,
+    Stretches,
     copied,
     full_attention,
     packed,
@@ -69,11 +71,15 @@ class Scorer(nn.Module):
         base: Any = self.model.get_base_model()  # which peft calls a Module
         return base
 
-    def forward(self, rows: Rows) -> Float[Tensor, " N"]:
-        """Sum over the tokens that the policy wrote of log pi(token | what stands before it), in nats and >= fp32."""
-        row, targets, hidden = self.places(rows)
+    def forward(self, rows: Rows, stretches: Stretches = WHOLE) -> Float[Tensor, "N S"]:
+        """Sum over the tokens that the policy wrote of log pi(token | what stands before it), in nats and >= fp32.
+
+        One column for each stretch of a completion.
+        """
+        trace, targets, hidden = self.places(rows)
         logp = self.chunked_logp(hidden, targets)
-        return logp.new_zeros(rows.traces).index_add(0, row, logp)
+        segment = trace * stretches.count + stretches.of(trace)
+        return logp.new_zeros(rows.traces * stretches.count).index_add(0, segment, logp).view(rows.traces, -1)
 
     def places(self, rows: Rows) -> Places:
         """Every token that the policy wrote, with the hidden state that predicts it."""
@@ -159,6 +165,8 @@ class CausalLM:
     """What a backward pass keeps for the copied keys and values of a token, relative to all it keeps for one."""
     sparing: Sparing = nullcontext
     """How a backward pass keeps less in memory."""
+    stretches: Stretches = WHOLE
+    """The segments of a completion."""
 
     @property
     def bare(self) -> Scorer:
@@ -176,9 +184,9 @@ class CausalLM:
     def device(self) -> torch.device:
         return next(self.model.parameters()).device
 
-    def log_prob(self, traces: Sequence[TokenTrace]) -> Float[Tensor, "N 1"]:
-        """log pi(y|x) of every trace in nats; one segment. Independent of the batch a trace is in."""
-        return self.scorer(self.rows(traces))[:, None]
+    def log_prob(self, traces: Sequence[TokenTrace]) -> Float[Tensor, "N S"]:
+        """log pi of the segments of every trace in nats. Independent of the batch a trace is in."""
+        return self.scorer(self.rows(traces), self.stretches)
 
     def rows(self, traces: Sequence[TokenTrace]) -> Rows:
         """The traces as tensors for the model."""
@@ -191,7 +199,7 @@ class CausalLM:
         traces: Sequence[TokenTrace],
         weigh: Callable[[Tensor], Tensor],
         backward: Callable[[Tensor], None],
-    ) -> Float[Tensor, "N 1"]:
+    ) -> Float[Tensor, "N S"]:
         """Back-propagate sum(c * log_prob) with c = weigh(log_prob); returns the log-probabilities."""
         with self.sparing(self.model):
             logp = self.log_prob(traces)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -23,6 +24,26 @@ class Places(NamedTuple):
     trace: Int[Tensor, " K"]
     target: Int[Tensor, " K"]
     hidden: Float[Tensor, "K H"]
+
+
+@dataclass(frozen=True, slots=True)
+class Stretches:
+    """A completion in `count` stretches of so many written tokens each; the last has whatever is left."""
+
+    tokens: int
+    count: int
+
+    def of(self, trace: Int[Tensor, " K"]) -> Int[Tensor, " K"]:
+        """The stretch of every written token; those of a trace stand together and in order."""
+        place = torch.arange(len(trace), device=trace.device)
+        begins = torch.ones_like(trace, dtype=torch.bool)
+        begins[1:] = trace[1:] != trace[:-1]
+        within = place - torch.where(begins, place, 0).cummax(dim=0).values
+        return (within // self.tokens).clamp(max=self.count - 1)
+
+
+WHOLE = Stretches(tokens=1, count=1)
+"""All of a completion together."""
 
 
 class Padded(NamedTuple):

@@ -50,6 +50,7 @@ def kept(scored: Scored, keep: Bool[Tensor, " G"]) -> Scored | None:
         rewards=None if scored.rewards is None else scored.rewards[where],
         margins=None if scored.margins is None else scored.margins[where][:, where],
         components={name: values[where] for name, values in scored.components.items()},
+        beginnings=None if scored.beginnings is None else scored.beginnings[where],
     )
 
 

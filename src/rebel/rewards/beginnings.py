@@ -1,0 +1,62 @@
+"""Rewards of the beginnings of completions: a reward that can judge unfinished text tells of each what it is worth."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from rebel.types import Completion, Prompt, Reward, Rollout, Scored, TokenTrace
+
+Write = Callable[[Prompt, Sequence[int], Sequence[int]], Completion[TokenTrace]]
+"""The completion of a prompt with these ids, from the ids of both."""
+
+
+@dataclass(frozen=True, slots=True)
+class WithBeginnings:
+    """A reward that also scores what stands after every `tokens` tokens of a completion, up to `count` stretches."""
+
+    reward: Reward
+    write: Write
+    tokens: int
+    count: int
+
+    def __call__(self, rollouts: Sequence[Rollout[TokenTrace]]) -> list[Scored[TokenTrace]]:
+        begun = [self.begun(rollout) for rollout in rollouts]
+        # before the whole completions, whose notes are to be the last
+        known = self.reward([early for early in begun if early.completions])
+        found = iter(known)
+        early = [next(found) if rollout.completions else None for rollout in begun]
+        return [
+            replace(scored, beginnings=self.in_columns(scored.rollout, first))
+            for scored, first in zip(self.reward(rollouts), early, strict=True)
+        ]
+
+    def begun(self, rollout: Rollout[TokenTrace]) -> Rollout[TokenTrace]:
+        """All the beginnings of a prompt's completions, one after the other."""
+        traces = rollout.traces
+        cut = [(trace, trace.completion[: k * self.tokens]) for trace in traces for k in self.stretches(trace)]
+        return Rollout(rollout.prompt, tuple(self.write(rollout.prompt, trace.prompt, ids) for trace, ids in cut))
+
+    def stretches(self, trace: TokenTrace) -> range:
+        """How many stretches each beginning of a trace has: it is shorter than the whole."""
+        return range(1, min(self.count, -(-len(trace.completion) // self.tokens)))
+
+    def in_columns(self, rollout: Rollout[TokenTrace], early: Scored | None) -> Float[Tensor, "G K"]:
+        """The rewards of the beginnings; NaN where the completion has ended by then.
+
+        One without a value counts as the others of its group at this place, and tells nothing.
+        """
+        table = torch.full((len(rollout.completions), self.count - 1), math.nan)
+        rewards = iter(early.rewards.tolist() if early is not None and early.rewards is not None else ())
+        for row, trace in zip(table, rollout.traces, strict=True):
+            for k in self.stretches(trace):
+                value = next(rewards)
+                row[k - 1] = value if math.isfinite(value) else math.inf
+        unknown = table.isinf()
+        others = table.masked_fill(unknown, math.nan).nanmean(dim=0).nan_to_num(nan=0.0)
+        return torch.where(unknown, others, table)

@@ -1,0 +1,287 @@
+"""Credit by stretches: what a stretch of a completion brought, by the rewards of what was written until then."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from itertools import product
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from torch import Tensor
+
+from rebel.algorithm import rebel_loss, regression_batch, to_come, trace_weights
+from rebel.build.credit import decided, stretches_of
+from rebel.config import RebelConfig
+from rebel.gains import credited
+from rebel.pairing import all_pairs, best_against_worst
+from rebel.policies.rows import Stretches
+from rebel.rewards.beginnings import WithBeginnings
+from rebel.rewards.combine import Weighted
+from rebel.rewards.functions import PerCompletion
+from rebel.rewards.groups import kept
+from rebel.types import Completion, Prompt, Rollout, Scored, TokenTrace
+
+ETA = 3.0
+F64 = torch.float64
+WORDS = list(product((0, 1), repeat=3))
+"""All completions of three tokens of two kinds: under the uniform policy, whose means are those over this group."""
+G, C = len(WORDS), 3
+
+
+def randn(*shape: int, seed: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=F64)
+
+
+def everything(rewards: Tensor, gains: Tensor | None = None) -> Scored:
+    rollout = Rollout(Prompt("x"), tuple(Completion(str(word), word) for word in WORDS))
+    return Scored(rollout, rewards=rewards, gains=gains)
+
+
+def of_prefixes(value: Any) -> Tensor:
+    """A function of prefixes at the beginnings of every word: column k is that of the first k tokens."""
+    return torch.tensor([[value(word[:k]) for k in range(C + 1)] for word in WORDS], dtype=F64)
+
+
+def log_probs(logits: dict[tuple[int, ...], Tensor]) -> Tensor:
+    """log p of every token given those before it."""
+    rows = [[logits[word[:k]].log_softmax(0)[word[k]] for k in range(C)] for word in WORDS]
+    return torch.stack([torch.stack(row) for row in rows])
+
+
+def uniform() -> dict[tuple[int, ...], Tensor]:
+    prefixes = [word[:k] for word in WORDS for k in range(C)]
+    return {prefix: torch.zeros(2, dtype=F64, requires_grad=True) for prefix in prefixes}
+
+
+def gradient(scored: Scored, lam: float, whole: bool) -> Tensor:
+    """Of the loss at the anchor, in the logits of all prefixes."""
+    logits = uniform()
+    logp = log_probs(logits)
+    logp = logp.sum(dim=1) if whole else logp
+    problem = regression_batch(scored, all_pairs, logp.detach(), lam=lam)
+    (trace_weights(logp.detach(), problem, ETA) * logp).sum().backward()
+    return torch.stack([weight.grad for weight in logits.values() if weight.grad is not None])
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_at_lambda_one_the_expected_gradient_is_that_of_whole_completions_whatever_the_values(seed: int) -> None:
+    rewards = randn(G, seed=seed)
+    wild = {word[:k]: float(randn(1, seed=10 * seed + 3 * k + sum(word[:k]))) for word in WORDS for k in range(C)}
+    values = of_prefixes(lambda prefix: wild.get(prefix, 0.0))
+    values[:, C] = rewards
+    by_stretch = gradient(everything(rewards, values.diff(dim=1)), 1.0, whole=False)
+    torch.testing.assert_close(by_stretch, gradient(everything(rewards), 1.0, whole=True))
+
+
+def test_with_true_values_no_lambda_changes_the_expected_gradient() -> None:
+    rewards = randn(G, seed=3)
+    true = of_prefixes(
+        lambda prefix: float(
+            torch.stack([r for r, w in zip(rewards, WORDS, strict=True) if w[: len(prefix)] == prefix]).mean()
+        )
+    )
+    whole = gradient(everything(rewards), 1.0, whole=True)
+    for lam in (0.0, 0.3, 1.0):
+        torch.testing.assert_close(gradient(everything(rewards, true.diff(dim=1)), lam, whole=False), whole)
+
+
+def test_with_soft_values_the_minimiser_is_that_of_mirror_descent() -> None:
+    """pi ~ pi_t exp(eta r) has no loss at all, and the log-ratio of a stretch is eta times its gain."""
+    rewards = randn(G, seed=4)
+
+    def soft(prefix: tuple[int, ...]) -> float:
+        own = torch.stack([r for r, word in zip(rewards, WORDS, strict=True) if word[: len(prefix)] == prefix])
+        return float((ETA * own).exp().mean().log() / ETA)
+
+    values = of_prefixes(soft)
+    best = (ETA * rewards).log_softmax(0)
+    tokens = of_prefixes(
+        lambda p: float(
+            torch.logsumexp(torch.stack([b for b, w in zip(best, WORDS, strict=True) if w[: len(p)] == p]), 0)
+        )
+    )
+    problem = regression_batch(
+        everything(rewards, values.diff(dim=1)), all_pairs, log_probs(uniform()).detach(), lam=0.0
+    )
+    assert float(rebel_loss(tokens.diff(dim=1), problem, ETA)) == pytest.approx(0, abs=1e-20)
+    assert float(rebel_loss(problem.anchor_logp, problem, ETA)) > 0.1
+
+
+@pytest.mark.parametrize("pairing", [all_pairs, best_against_worst])
+@pytest.mark.parametrize("beta", [0.0, 0.3])
+@pytest.mark.parametrize("lam", [0.0, 0.4, 1.0])
+def test_the_weights_are_the_gradient_of_the_loss(lam: float, beta: float, pairing: Any) -> None:
+    scored = everything(randn(G, seed=5), randn(G, C, seed=6))
+    anchor, reference = randn(G, C, seed=7), randn(G, C, seed=8)
+    problem = regression_batch(scored, pairing, anchor, reference, beta, lam=lam)
+    logp = (anchor + 0.4 * randn(G, C, seed=9)).requires_grad_()
+    (ETA * rebel_loss(logp, problem, ETA)).backward()
+    torch.testing.assert_close(trace_weights(logp.detach(), problem, ETA), logp.grad)
+    written = torch.zeros((), dtype=F64)
+    credit = to_come(scored.gains - beta * (anchor - reference), lam)  # pyright: ignore[reportOptionalOperand]
+    for i, j in problem.pairs.tolist():
+        e = (logp.detach() - anchor) / ETA - credit
+        written += (e[i] - e[j]).square().sum() / len(problem.pairs)
+    torch.testing.assert_close(rebel_loss(logp.detach(), problem, ETA), written)
+
+
+def test_one_stretch_is_the_whole_completion() -> None:
+    rewards, anchor, reference = randn(G, seed=1), randn(G, 1, seed=2), randn(G, 1, seed=3)
+    logp = anchor + randn(G, 1, seed=4)
+    one = regression_batch(everything(rewards, rewards[:, None]), all_pairs, anchor, reference, 0.3, lam=0.5)
+    whole = regression_batch(everything(rewards), all_pairs, anchor[:, 0], reference[:, 0], 0.3)
+    torch.testing.assert_close(trace_weights(logp, one, ETA)[:, 0], trace_weights(logp[:, 0], whole, ETA))
+
+
+def test_what_is_to_come() -> None:
+    gains = torch.tensor([[1.0, 2.0, 4.0]])
+    assert to_come(gains, 0.0).tolist() == gains.tolist()
+    assert to_come(gains, 0.5).tolist() == [[3.0, 4.0, 4.0]]
+    assert to_come(gains, 1.0).tolist() == [[7.0, 6.0, 4.0]]
+    assert gains.tolist() == [[1.0, 2.0, 4.0]], "the gains stay what they are"
+
+
+# -- gains ----------------------------------------------------------------------------------------------------------
+
+
+def scored(rewards: list[float], beginnings: list[list[float]]) -> Scored:
+    rollout = Rollout(Prompt("x"), tuple(Completion("y", k) for k in range(len(rewards))))
+    return Scored(rollout, rewards=torch.tensor(rewards, dtype=F64), beginnings=torch.tensor(beginnings, dtype=F64))
+
+
+def gains_of(*groups: Scored) -> list[Tensor]:
+    return [group.gains for group in credited(groups) if group.gains is not None]
+
+
+def test_gains_sum_to_the_reward_less_the_mean_of_its_group() -> None:
+    groups = [
+        replace(scored([0.0] * 4, [[0.0, 0.0]] * 4), rewards=randn(4, seed=s), beginnings=randn(4, 2, seed=9 + s))
+        for s in (1, 2, 3)
+    ]
+    for group, gains in zip(groups, gains_of(*groups), strict=True):
+        assert group.rewards is not None
+        torch.testing.assert_close(gains.sum(dim=1), group.rewards - group.rewards.mean())
+
+
+def test_beginnings_that_say_nothing_leave_all_to_the_last_stretch() -> None:
+    (gains,) = gains_of(scored([1.0, 0.0, 5.0], [[7.0, 2.0]] * 3))
+    assert gains.tolist() == [[0.0, 0.0, -1.0], [0.0, 0.0, -2.0], [0.0, 0.0, 3.0]]
+
+
+def test_beginnings_that_say_all_leave_nothing_to_later_ones_in_any_unit() -> None:
+    for unit in (1.0, -20.0):
+        early = [[unit * 0.0, unit * 1.0], [unit * 3.0, unit * 3.0], [unit * 0.0, unit * 2.0]]
+        (gains,) = gains_of(scored([1.0, 3.0, 2.0], early))
+        torch.testing.assert_close(gains[:, 2], torch.zeros(3, dtype=F64))
+        assert gains[1, 0] > 0 > gains[0, 0] == gains[2, 0]
+
+
+def test_a_completion_that_has_ended_is_worth_its_reward() -> None:
+    nan = math.nan
+    (gains,) = gains_of(scored([4.0, 1.0, 1.0], [[nan, nan], [1.0, nan], [1.0, 1.0]]))
+    assert gains[0].tolist() == [2.0, 0.0, 0.0]
+    assert gains[1, 2] == 0, "it ended in its second stretch"
+
+
+def test_the_share_of_beginnings_is_found_over_all_groups_and_a_group_s_level_is_none_of_it() -> None:
+    one, other = scored([0.0, 2.0], [[10.0], [11.0]]), scored([5.0, 5.0], [[-3.0], [-2.0]])
+    first, second = gains_of(one, other)  # least squares of (-1, 1, 0, 0) on (-0.5, 0.5, -0.5, 0.5): 1
+    assert first.tolist() == [[-0.5, -0.5], [0.5, 0.5]] and second.tolist() == [[-0.5, 0.5], [0.5, -0.5]]
+
+
+def test_groups_without_beginnings_have_no_gains_and_beginnings_follow_the_completions_that_are_kept() -> None:
+    plain = replace(scored([0.0, 1.0], [[0.0], [1.0]]), beginnings=None)
+    assert credited([plain])[0] is plain and credited([]) == []
+    left = kept(scored([0.0, 1.0, 2.0], [[3.0], [4.0], [5.0]]), torch.tensor([True, False, True]))
+    assert left is not None and left.beginnings is not None and left.beginnings.tolist() == [[3.0], [5.0]]
+
+
+# -- rewards of beginnings ------------------------------------------------------------------------------------------
+
+
+def rollout(*lengths: int) -> Rollout[TokenTrace]:
+    traces = [TokenTrace((1, 2), tuple(range(10, 10 + length))) for length in lengths]
+    return Rollout(Prompt("x"), tuple(Completion(f"{len(t.completion)} long", t) for t in traces))
+
+
+def write(prompt: Prompt, prompt_ids: Any, ids: Any) -> Completion[TokenTrace]:
+    assert tuple(prompt_ids) == (1, 2)
+    return Completion(f"{len(ids)} of {ids[0]}", TokenTrace(tuple(prompt_ids), tuple(ids)), finished=False)
+
+
+def test_beginnings_are_what_stands_after_each_stretch_and_are_scored_in_one_call() -> None:
+    seen: list[list[str]] = []
+
+    def count(completions: list[str], **rest: Any) -> list[float]:
+        seen.append(completions)
+        return [float(text.split()[0]) for text in completions]
+
+    reward = WithBeginnings(Weighted([PerCompletion(count)]), write, tokens=2, count=4)
+    one, other = reward([rollout(2, 5), rollout(1, 9)])
+    assert seen == [["2 of 10", "4 of 10", "2 of 10", "4 of 10", "6 of 10"], ["2 long", "5 long", "1 long", "9 long"]]
+    assert one.rewards is not None and one.rewards.tolist() == [2.0, 5.0]
+    nan = math.nan
+    expected = torch.tensor([[nan, nan, nan], [2.0, 4.0, nan]]), torch.tensor([[nan, nan, nan], [2.0, 4.0, 6.0]])
+    for group, table in zip((one, other), expected, strict=True):
+        assert group.beginnings is not None
+        torch.testing.assert_close(group.beginnings, table, equal_nan=True)
+
+
+def test_completions_of_one_stretch_and_beginnings_without_a_value() -> None:
+    def odd(completions: list[str], **rest: Any) -> list[float | None]:
+        return [None if text.startswith("4 of 10") else float(text[0]) for text in completions]
+
+    other = Completion("6 long", TokenTrace((1, 2), (20, 21, 22, 23, 24, 25)))
+    reward = WithBeginnings(Weighted([PerCompletion(odd)]), write, tokens=2, count=3)
+    short, long = reward([rollout(1, 2), replace(rollout(6, 6), completions=(*rollout(6).completions, other))])
+    assert short.beginnings is not None and short.beginnings.isnan().all()
+    assert long.beginnings is not None and long.beginnings.tolist() == [[2.0, 4.0], [2.0, 4.0]]
+
+
+# -- log-probabilities of stretches ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+@pytest.mark.parametrize("shared", [True, False])
+def test_the_columns_are_the_tokens_of_each_stretch(kind: str, shared: bool) -> None:
+    policy = replace(tiny.policy(kind), shared_prefix=shared)
+    traces = [
+        TokenTrace((5, 6), (7, 8, 9, 10, 11)),
+        TokenTrace((5, 6), (12,)),
+        TokenTrace((5, 6), (13, 14, 15, 16, 17, 18, 19), (True, True, False, False, True, True, True)),
+    ]
+    found = replace(policy, stretches=Stretches(2, 3)).log_prob(traces)
+    assert found.shape == (3, 3)
+    torch.testing.assert_close(found.sum(dim=1), policy.log_prob(traces)[:, 0])
+    single = replace(policy, stretches=Stretches(1, 7)).log_prob(traces)
+    torch.testing.assert_close(found[0], torch.stack([single[0, :2].sum(), single[0, 2:4].sum(), single[0, 4]]))
+    assert found[1, 1:].tolist() == [0.0, 0.0] and single[2, 5:].tolist() == [0.0, 0.0], "five tokens were written"
+    torch.testing.assert_close(found[2, 2], single[2, 4])
+
+
+def test_the_last_stretch_has_whatever_is_left() -> None:
+    trace = torch.tensor([0, 0, 0, 0, 0, 2, 2, 1])
+    assert Stretches(2, 2).of(trace).tolist() == [0, 0, 1, 1, 1, 0, 0, 0]
+    assert stretches_of(RebelConfig(credit="stretch", credit_tokens=5, max_completion_length=12)) == Stretches(5, 3)
+
+
+# -- whole runs -----------------------------------------------------------------------------------------------------
+
+
+def test_stretches_are_chosen_where_every_reward_says_that_it_judges_beginnings() -> None:
+    def able(completions: list[str], **rest: Any) -> list[float]:
+        return [float(len(text)) for text in completions]
+
+    def other(completions: list[str], **rest: Any) -> list[float]:
+        return [0.0 for _ in completions]
+
+    able.judges_beginnings = True  # pyright: ignore[reportFunctionMemberAccess]
+    config = RebelConfig()
+    assert decided(config, Weighted([PerCompletion(able)])).credit == "stretch"
+    assert decided(config, Weighted([PerCompletion(able), PerCompletion(other)])).credit == "trajectory"
+    assert decided(config, None).credit == "trajectory"
+    assert decided(replace(config, rounds=2), Weighted([PerCompletion(able)])).credit == "trajectory"
+    assert decided(replace(config, credit="trajectory"), Weighted([PerCompletion(able)])).credit == "trajectory"
