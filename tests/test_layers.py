@@ -175,7 +175,7 @@ def test_other_libraries_stay_where_they_belong(name: str) -> None:
 
 
 def test_imports_stand_at_the_top() -> None:
-    late = {name for name, path in files().items() if not all(top for _, top in imports(path))}
+    late = {part(name) for name, path in files().items() if not all(top for _, top in imports(path))}
     assert late <= LATE
 
 
