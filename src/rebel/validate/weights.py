@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from rebel.config import RebelConfig
+from rebel.settings import known
 from rebel.validate.said import Complaints, said
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -18,8 +19,15 @@ def precision(config: RebelConfig) -> Complaints:
         yield "--fp16 needs a CUDA device, and --use_cpu stays on the CPU; use --bf16, or neither"
 
 
+OF_ADAPTER = ("lora_r", "lora_alpha", "lora_target_modules")
+
+
 def adapter(config: RebelConfig) -> Complaints:
     """There is an adapter where one is needed."""
+    if not config.adapter:
+        for name in OF_ADAPTER:
+            if getattr(config, name) != known()[name].default:
+                yield f"{said(config, name)} is for an adapter, and none is trained; add --use_peft, or leave it out"
     if config.load_in_4bit and not config.adapter:
         yield "--load_in_4bit without --use_peft: 4-bit weights cannot be trained themselves; add --use_peft"
     if config.reference == "base" and not config.adapter:
