@@ -297,6 +297,10 @@ def test_the_doctor_is_content_and_plain_in_a_pipe(installed: dict, capsys: pyte
     assert "\x1b" not in out and "pytest" not in out
 
 
+def test_the_doctor_says_what_every_optional_package_is_for():
+    assert not [name for name, use in doctor.OPTIONAL.items() if "not used" in use]
+
+
 def test_the_doctor_names_what_is_missing_or_out_of_range(installed: dict, capsys: pytest.CaptureFixture[str]):
     installed["trl"] = "2.0.1"
     assert main(["doctor"]) == 1

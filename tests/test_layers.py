@@ -159,6 +159,14 @@ def test_the_loop_sees_protocols_and_no_model_sampler_or_reward() -> None:
         assert not concrete, f"{name} imports {concrete}"
 
 
+def test_checks_of_settings_know_nothing_of_each_other() -> None:
+    """Only the list of what each command checks knows all of them, and every one of them is in it."""
+    checks = {name for name in files() if part(name) == "validate"} - {"validate", "validate.commands"}
+    seen = {name: {i.removeprefix("rebel.") for i, _ in imports(files()[name])} for name in files()}
+    assert {other for name in checks for other in seen[name] & checks} == {"validate.said"}
+    assert checks <= seen["validate.commands"]
+
+
 @pytest.mark.parametrize("name", sorted(name for name in files() if part(name) in FOREIGN))
 def test_other_libraries_stay_where_they_belong(name: str) -> None:
     foreign = {imported.split(".")[0] for imported, _ in imports(files()[name])}
@@ -168,7 +176,7 @@ def test_other_libraries_stay_where_they_belong(name: str) -> None:
 
 
 def test_imports_stand_at_the_top() -> None:
-    late = {name for name, path in files().items() if not all(top for _, top in imports(path))}
+    late = {part(name) for name, path in files().items() if not all(top for _, top in imports(path))}
     assert late <= LATE
 
 

@@ -17,6 +17,7 @@ from rebel.errors import RebelError
 from rebel.from_trl import BATCH, ELSEWHERE, translate_batch
 from rebel.settings import dump, known, read_yaml, resolve
 from rebel.validate import validate
+from rebel.validate.tracking import TRACKERS
 
 RUN = {"model_name_or_path": "m", "dataset_name": "d", "reward_funcs": ["r"], "iterations": 5}
 
@@ -128,6 +129,10 @@ def test_defaults_are_not_shared_between_runs():
         ("epsilon_high", "clips no ratio"),
         ("vllm_server_port", "use --vllm_server_base_url"),
         ("num_ppo_epochs", "--iterations, --num_train_epochs or --max_steps"),
+        ("lr", "--lr is not a setting of REBEL: use --learning_rate"),
+        ("epochs", "--iterations, --num_train_epochs or --max_steps"),
+        ("batch_size", "--prompts_per_iteration times --num_generations"),
+        ("max_new_tokens", "use --max_completion_length"),
     ],
 )
 def test_an_unknown_name_gets_the_nearest_one_or_an_explanation(name: str, words: str):
@@ -173,6 +178,33 @@ def test_a_file_that_is_no_mapping(tmp_path: Path, text: str, words: str):
     file.write_text(text)
     with pytest.raises(RebelError, match=words):
         read_yaml(file)
+
+
+def test_a_stray_word_is_said_to_be_taken_for_the_file_of_settings():
+    """As in `--bf16 maybe`, where the switch stands alone and the word is left over."""
+    with pytest.raises(
+        RebelError, match=r"maybe cannot be read: No such file .*; a word that belongs to no flag is taken"
+    ):
+        read_yaml("maybe")
+
+
+def test_trackers_are_those_of_transformers():
+    from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+
+    assert sorted(TRACKERS) == sorted(INTEGRATION_TO_CALLBACK)
+
+
+def test_a_tracker_whose_package_is_missing(monkeypatch: pytest.MonkeyPatch):
+    from transformers.integrations import integration_utils
+
+    from rebel.trackers import reporting, training_arguments
+
+    monkeypatch.setattr(integration_utils, "is_wandb_available", lambda: False)
+    arguments = training_arguments(RebelConfig(report_to=["wandb"], use_cpu=True))
+    with pytest.raises(
+        RebelError, match=r"--report_to wandb: WandbCallback requires wandb to be installed.*report_to none"
+    ):
+        reporting(arguments)
 
 
 def test_a_missing_file_and_a_folder_cannot_be_read(tmp_path: Path):
@@ -278,6 +310,13 @@ def test_what_is_allowed(values: dict[str, Any]):
         ({"dtype": "fp8"}, "--dtype fp8: auto, float32, bfloat16 or float16 is expected"),
         ({"load_in_4bit": True}, "--load_in_4bit without --use_peft"),
         ({"reference": "base"}, "--reference base"),
+        ({"lora_r": 32}, "--lora_r 32 is for an adapter, and none is trained; add --use_peft"),
+        ({"lora_target_modules": ["q_proj"]}, "--lora_target_modules q_proj is for an adapter"),
+        (
+            {"report_to": ["tensorbord"]},
+            "--report_to tensorbord is no tracker of transformers; did you mean tensorboard?",
+        ),
+        ({"report_to": ["wandb", "qqqq"]}, "--report_to qqqq is no tracker of transformers; none, all, azure_ml, "),
         ({"reference": "initial_adapter", "use_peft": True}, "--reference initial_adapter"),
         ({"early_stop": True, "held_out": 0}, "give --held_out a share above 0"),
         ({"held_out": 1}, "--held_out 1"),

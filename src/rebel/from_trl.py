@@ -11,17 +11,28 @@ from rebel.errors import RebelError
 _NO_CLIPPING = "a regression clips no ratio; the length of a step is --eta, or --kl_per_iteration with --eta auto"
 _ONE_LOSS = "there is one loss, the regression; --pairing and --kl choose its form"
 _ITERATIONS = "give --iterations, --num_train_epochs or --max_steps; --num_iterations is passes over an iteration"
+_BATCHES = (
+    "--prompts_per_iteration times --num_generations is an iteration's batch, and --steps_per_iteration cuts it into "
+    "steps; or give TRL's --per_device_train_batch_size and --gradient_accumulation_steps"
+)
 _REFERENCE = "the initial policy stays as it is; --beta is the price of leaving it"
 _ENTROPY = "there is no bonus on the entropy; --beta keeps the policy near the initial one"
 _SHARDED = "every process holds the whole model: `accelerate launch -m rebel train ...` starts several"
 _ITSELF = "--dtype, --attn_implementation and --trust_remote_code are settings of their own"
 
 ELSEWHERE = {
+    "lr": "use --learning_rate",
+    "epochs": _ITERATIONS,
+    "num_epochs": _ITERATIONS,
+    "batch_size": _BATCHES,
+    "train_batch_size": _BATCHES,
+    "per_device_batch_size": _BATCHES,
     "epsilon*": _NO_CLIPPING,
     "delta": _NO_CLIPPING,
     "importance_sampling_level": _NO_CLIPPING,
     "loss_type": _ONE_LOSS,
     "num_ppo_epochs": _ITERATIONS,
+    "max_new_tokens": "use --max_completion_length",
     "use_vllm": "use --sampler vllm",
     "vllm_server_host": "use --vllm_server_base_url",
     "vllm_server_port": "use --vllm_server_base_url",

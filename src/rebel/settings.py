@@ -21,6 +21,10 @@ from rebel.convert import expected, shown, typed
 from rebel.errors import RebelError
 from rebel.from_trl import explanation
 
+STRAY = (
+    "; a word that belongs to no flag is taken for the YAML file of settings (flags of true or false take true, "
+    "false, or nothing)"
+)
 _TITLE = re.compile(r"\s+# -- (.+?) -+$")
 
 
@@ -60,7 +64,9 @@ def read_yaml(path: str | Path | None) -> dict[str, Any]:
     try:
         values = yaml.safe_load(Path(path).read_text("utf-8"))
     except (OSError, UnicodeDecodeError) as error:
-        raise RebelError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
+        why = f"{path} cannot be read: {getattr(error, 'strerror', None) or error}"
+        stray = "" if str(path).endswith((".yaml", ".yml")) else STRAY
+        raise RebelError(why + stray) from None
     except yaml.YAMLError as error:
         raise RebelError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict | NoneType):

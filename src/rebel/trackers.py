@@ -45,6 +45,17 @@ def training_arguments(config: RebelConfig) -> TrainingArguments:
         raise RebelError(f"transformers refuses these settings: {str(error).splitlines()[0]}") from error
 
 
+def reporting(arguments: TrainingArguments) -> list[TrainerCallback]:
+    """The trackers of --report_to, ready to be called."""
+    try:
+        return [tracker() for tracker in get_reporting_integration_callbacks(arguments.report_to)]
+    except (ValueError, RuntimeError, ImportError) as error:  # an unknown one, or one whose package is missing
+        names = " ".join(arguments.report_to or [])
+        raise RebelError(
+            f"--report_to {names}: {str(error).splitlines()[0]} Without it, use --report_to none"
+        ) from error
+
+
 class Trackers:
     """Tells `callbacks` and the trackers of --report_to how a run goes. They see the state and may end the run."""
 
@@ -58,7 +69,7 @@ class Trackers:
         scheduler: Any,
         main: bool = True,
     ) -> None:
-        own = [DefaultFlowCallback, *get_reporting_integration_callbacks(arguments.report_to)]
+        own = [DefaultFlowCallback, *reporting(arguments)]
         self.arguments = arguments
         self.handler = CallbackHandler([*own, *callbacks], model, tokenizer, optimizer, scheduler)
         self.state = TrainerState(is_world_process_zero=main, is_local_process_zero=main)

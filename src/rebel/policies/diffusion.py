@@ -22,6 +22,7 @@ from rebel.credit import Known
 from rebel.errors import RebelError
 from rebel.policies.kernels import Gaussian, Noise, noise_of, with_noise
 from rebel.policies.path import Conditions, PathEnd, check_options, differentiable, watched
+from rebel.policies.wrapping import unwrapped
 from rebel.types import LatentTrace, LogProb
 
 NOT_DENOISERS = ("vae", "text_encoder", "image_encoder", "safety_checker", "feature_extractor")
@@ -114,10 +115,7 @@ class Diffusion:
     @property
     def bare(self) -> Scorer:
         """The scorer without what wraps it for distribution."""
-        scorer: Any = self.scorer
-        while not isinstance(scorer, Scorer):
-            scorer = scorer.module
-        return scorer
+        return unwrapped(self.scorer, Scorer)
 
     @property
     def pipeline(self) -> DiffusionPipeline:

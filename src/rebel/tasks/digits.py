@@ -9,10 +9,8 @@ other pictures, which is never the reward.
 from __future__ import annotations
 
 import functools
-import json
-import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +23,10 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.svm import SVC
 
 from rebel.config import RebelConfig
-from rebel.job import quiet, run_training
-from rebel.record import METRICS, SETTINGS
-from rebel.tasks.arithmetic import make_folder
 from rebel.tasks.digits_model import SIDE, DigitsPipeline, Recipe, as_latents, digit_of, taught
-from rebel.validate import validate
+from rebel.tasks.quickstart import HELD_OUT, INITIAL, SHARED, Show, run, write_rows
 
 RECIPE = Recipe()
-HELD_OUT = 1000
 INK = 16
 LEAST = -5.0
 """Lowest reward: a drawing that is surely another digit need not be told apart from one that is yet surer."""
@@ -90,22 +84,13 @@ def careless_pipeline(recipe: Recipe, seed: int) -> DigitsPipeline:
     return taught(as_latents(data.ink), torch.as_tensor(data.digit), recipe, seed)
 
 
-def write_prompts(folder: Path) -> None:
-    """The ten digits to train on, and each a hundred times in turn to evaluate on, as files of a data set."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, count in (("train", 10), ("test", HELD_OUT)):
-        rows = [json.dumps({"prompt": str(k % 10)}) for k in range(count)]
-        (folder / f"{name}.jsonl").write_text("\n".join(rows) + "\n")
-
-
 def settings(folder: Path, seed: int) -> RebelConfig:
     """The run: like any other, it could be started by `rebel train` with these settings."""
     return RebelConfig(
-        pipeline_name_or_path=str(folder / "initial"),
+        **SHARED,
+        pipeline_name_or_path=str(folder / INITIAL),
         use_peft=False,
         dataset_name=str(folder / "prompts"),
-        dataset_test_split="test",
-        eval_prompts=HELD_OUT,
         reward_funcs=["rebel.tasks.digits:log_probability"],
         judge_funcs=["rebel.tasks.digits:svm_accuracy"],
         denoising_steps=10,
@@ -114,17 +99,11 @@ def settings(folder: Path, seed: int) -> RebelConfig:
         eta=20.0,
         beta=0.03,
         prompts_per_iteration=16,
-        num_generations=8,
-        sampling_batch=1024,
         steps_per_iteration=4,
-        num_iterations=1,
         images_per_micro_batch=128,
         iterations=40,
         learning_rate=1e-3,
-        logging_steps=10**9,
         eval_steps=20,
-        save_strategy="no",
-        use_cpu=True,
         output_dir=str(folder),
         seed=seed,
     )
@@ -135,45 +114,41 @@ def quickstart(output_dir: str, seed: int, recipe: Recipe = RECIPE, **changes: A
 
     `changes` are to the settings of the run.
     """
-    began, folder = time.monotonic(), Path(output_dir)
-    config = validate(RebelConfig(**vars(settings(folder, seed)) | changes))
-    make_folder(config)
-    quiet()
-    print(f"1. A small diffusion model learns to draw from {len(written().digit):,} real handwritten digits,")
-    print(
+    folder = Path(output_dir)
+    show = Show(
+        teaching=f"A small diffusion model learns to draw from {len(written().digit):,} real handwritten digits,\n"
         f"   {recipe.shuffled:.0%} of their labels shuffled: it draws well, and often another digit than asked.",
-        flush=True,
+        prepare=lambda: size(prepare(folder, recipe, seed)),
+        learning="REBEL: the model draws, and all it is told is how likely a logistic regression finds the digit asked "
+        "for.\n   judge is the share that a support vector machine, never a teacher, takes for that digit.",
+        outcome=outcome,
+        report="drawings",
+        prompt="7",
     )
-    pipeline = prepare(folder, recipe, seed)
-    size = sum(weight.numel() for weight in pipeline.denoiser.parameters())
-    print(f"   {size:,} parameters, {time.monotonic() - began:.0f} s: {folder / 'initial'}\n")
-    print(
-        "2. REBEL: the model draws, and all it is told is how likely a logistic regression finds the digit asked for."
-    )
-    print("   judge is the share that a support vector machine, never a teacher, takes for that digit.\n")
-    run_training(config)
-    print("\n" + summary(folder, time.monotonic() - began))
+    run(show, replace(settings(folder, seed), **changes))
+
+
+def size(pipeline: DigitsPipeline) -> int:
+    """Parameters of the model that draws."""
+    return sum(weight.numel() for weight in pipeline.denoiser.parameters())
 
 
 def prepare(folder: Path, recipe: Recipe, seed: int) -> DigitsPipeline:
-    """The model that is to be improved; it and the prompts are written where the settings of the run expect them."""
+    """The model that is to be improved; it and the prompts are written where the settings of the run expect them.
+
+    The prompts are the ten digits to train on, and each a hundred times in turn to evaluate on.
+    """
     pipeline = careless_pipeline(recipe, seed)
-    pipeline.save_pretrained(folder / "initial")
-    write_prompts(folder / "prompts")
+    pipeline.save_pretrained(folder / INITIAL)
+    train, test = ([{"prompt": str(k % 10)} for k in range(count)] for count in (10, HELD_OUT))
+    write_rows(folder / "prompts", train, test)
     return pipeline
 
 
-def summary(folder: Path, seconds: float) -> str:
-    """What came of it, and what to do next."""
-    rows = [json.loads(line) for line in (folder / METRICS).read_text().splitlines()]
-    before, after = (row["eval/judge/svm_accuracy"] for row in (rows[0], rows[-1]))
-    return "\n".join(
-        [
-            f"Drawings that show the digit asked for, by the judge: {before:.1%} before REBEL, {after:.1%} after "
-            f"{rows[-1]['samples']:,} drawings of its own.",
-            f"All of it took {seconds:.0f} s. Plots, and drawings before and after: {folder / 'report.html'}",
-            "",
-            f"Next:  rebel sample {folder} --prompt 7",
-            f"       rebel train {folder / SETTINGS} --beta 0.05 --output_dir {folder}-2",
-        ]
+def outcome(first: Mapping[str, Any], last: Mapping[str, Any]) -> str:
+    """Before and after, in words."""
+    before, after = (row["eval/judge/svm_accuracy"] for row in (first, last))
+    return (
+        f"Drawings that show the digit asked for, by the judge: {before:.1%} before REBEL, {after:.1%} after "
+        f"{last['samples']:,} drawings of its own."
     )
