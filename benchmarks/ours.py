@@ -45,6 +45,7 @@ class Settings:
     eta: float | str = "auto"
     kl_per_iteration: float | None = RebelConfig.kl_per_iteration
     average: float = 0.0
+    credit: str = RebelConfig.credit
     max_grad_norm: float = RebelConfig.max_grad_norm
     samples: int = 1280
 
@@ -63,6 +64,7 @@ def config(settings: Settings, seed: int, folder: str) -> RebelConfig:
         kl_per_iteration=settings.kl_per_iteration,
         beta=settings.beta,
         average=settings.average,
+        credit=settings.credit,  # pyright: ignore[reportArgumentType]
         max_grad_norm=settings.max_grad_norm,
         scale_rewards=settings.scale_rewards,
         learning_rate=settings.learning_rate,
@@ -163,11 +165,13 @@ OFF = 1e6
 
 def grid() -> Iterator[tuple[Settings, int]]:
     """Every run of the comparison, the most telling ones first; a stopped grid goes on where it was."""
-    yield from ((PRICED, seed) for seed in SEEDS)
-    yield from ((FREE, seed) for seed in SEEDS)
-    yield from ((replace(FREE, eta=OFF), seed) for seed in SEEDS)
-    yield from ((replace(PRICED, eta=OFF), seed) for seed in SEEDS[:2])
-    yield from ((replace(FREE, task="word_length"), seed) for seed in SEEDS[:3])
+    for credit in (RebelConfig.credit, "trajectory"):
+        priced, free = replace(PRICED, credit=credit), replace(FREE, credit=credit)
+        yield from ((priced, seed) for seed in SEEDS)
+        yield from ((free, seed) for seed in SEEDS)
+        yield from ((replace(free, eta=OFF), seed) for seed in SEEDS)
+        yield from ((replace(priced, eta=OFF), seed) for seed in SEEDS[:2])
+        yield from ((replace(free, task="word_length"), seed) for seed in SEEDS[:3])
 
 
 def parse() -> argparse.Namespace:

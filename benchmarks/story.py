@@ -119,6 +119,10 @@ def word_length(prompts: Sequence[str], completions: Sequence[str], **columns: A
     return [sum(map(len, found)) / max(len(found), 1) for found in words]
 
 
+for judge in (sentiment, word_length):
+    setattr(judge, "judges_beginnings", True)  # noqa: B010 - half a story has a sentiment, and words
+
+
 REWARDS: Mapping[str, RewardFunction] = {"sentiment": sentiment, "word_length": word_length}
 
 
