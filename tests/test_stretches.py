@@ -16,6 +16,7 @@ from torch import Tensor
 
 from rebel.algorithm import rebel_loss, regression_batch, to_come, trace_weights
 from rebel.build.credit import decided, stretches_of
+from rebel.checkpoint import Progress
 from rebel.config import RebelConfig
 from rebel.errors import RebelError
 from rebel.gains import credited
@@ -184,10 +185,12 @@ def test_beginnings_that_say_all_leave_nothing_to_later_ones_in_any_unit() -> No
 
 
 def test_a_completion_that_has_ended_is_worth_its_reward() -> None:
+    """Whatever the share of the other beginnings: here that of the first ones is about a half."""
     nan = math.nan
-    (gains,) = gains_of(scored([4.0, 1.0, 1.0], [[nan, nan], [1.0, nan], [1.0, 1.0]]))
+    (gains,) = gains_of(scored([4.0, 1.0, 2.0, 1.0], [[nan, nan], [1.0, nan], [2.0, 2.0], [7.0, 5.0]]))
     assert gains[0].tolist() == [2.0, 0.0, 0.0]
-    assert gains[1, 2] == 0, "it ended in its second stretch"
+    assert gains[1, 2] == 0 != gains[1, 1], "it ended in its second stretch"
+    assert gains[3, 2] != 0
 
 
 def test_the_share_of_beginnings_is_found_over_all_groups_and_a_group_s_level_is_none_of_it() -> None:
@@ -260,6 +263,8 @@ def test_the_columns_are_the_tokens_of_each_stretch(kind: str, shared: bool) -> 
     found = replace(policy, stretches=Stretches(2, 3)).log_prob(traces)
     assert found.shape == (3, 3)
     torch.testing.assert_close(found.sum(dim=1), policy.log_prob(traces)[:, 0])
+    begun = [TokenTrace((5, 6), (7, 8)), TokenTrace((5, 6), (7, 8, 9, 10))]
+    torch.testing.assert_close(found[0].cumsum(dim=0)[:2], policy.log_prob(begun)[:, 0])
     single = replace(policy, stretches=Stretches(1, 7)).log_prob(traces)
     torch.testing.assert_close(found[0], torch.stack([single[0, :2].sum(), single[0, 2:4].sum(), single[0, 4]]))
     assert found[1, 1:].tolist() == [0.0, 0.0] and single[2, 5:].tolist() == [0.0, 0.0], "five tokens were written"
@@ -318,3 +323,17 @@ def test_a_run_by_stretches_learns_and_micro_batches_have_no_say(tmp_path: Path)
     assert rewards[-1] > rewards[0] + 0.2
     for one, other in zip(tiny.weights(wide), tiny.weights(narrow), strict=True):
         torch.testing.assert_close(one, other, rtol=2e-3, atol=2e-4)
+
+
+def test_a_run_takes_the_settings_and_its_collector_finds_the_gains(tmp_path: Path) -> None:
+    made = tiny.job(tmp_path, credit="stretch", credit_tokens=2, credit_lambda=0.7, beta=0.1)
+    assert made.run.regression.lam == 0.7 and made.config.credit == "stretch"
+    drawn = made.run.collector(made.run.learner, Progress(), 1, made.run.hooks)
+    for group in drawn.kept:
+        assert group.gains is not None and group.rewards is not None
+        torch.testing.assert_close(group.gains.sum(dim=1), group.rewards - group.rewards.mean())
+        assert group.gains.shape[1] == 3 and group.gains[:, 0].any(), "the first tokens say something"
+    whole = tiny.job(tmp_path, beta=0.1)
+    assert all(
+        group.gains is None for group in whole.run.collector(whole.run.learner, Progress(), 1, whole.run.hooks).kept
+    )
