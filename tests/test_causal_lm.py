@@ -261,8 +261,10 @@ def test_one_row_without_padding_changes_neither_values_nor_gradients(
 ) -> None:
     monkeypatch.setattr(unpadded, "SPARE", spare)
     monkeypatch.setattr(unpadded, "CALL", 0)
-    # those of `traces` have a prompt of their own each, and go through as whole rows
-    traces = [*families(), *tiny.traces(), TokenTrace((5,), (7,)), tiny.trace(3, 5, mask=(False,) * 5)]
+    # those of `traces` have a prompt of their own each, and go through as whole rows; the stretch of a short completion
+    # of a long prompt and a long one of a short prompt has padding that sees no key within its window
+    long = [TokenTrace(tiny.trace(20, 1).prompt, tiny.trace(1, count, seed=count).completion) for count in (2, 3)]
+    traces = [*long, *families(), *tiny.traces(), TokenTrace((5,), (7,)), tiny.trace(3, 5, mask=(False,) * 5)]
     for policy, tolerance in ((tiny.policy(kind, 0.7), 1e-5), (in_double(kind, 0.7), 1e-6)):
         assert policy.unpadded, "it is what there is on a CPU"
         plain_rows = replace(policy, shared_prefix=False, unpadded=False)
@@ -307,6 +309,9 @@ def test_models_whose_attention_cannot_be_taken_apart_have_their_rows_padded(mon
     eager = tiny.model()
     eager.set_attn_implementation("eager")
     assert not causal_lm(eager, tiny.tokenizer()).unpadded
+    chunked = tiny.model()
+    chunked.config.layer_types = ["chunked_attention", "full_attention"]
+    assert not causal_lm(chunked, tiny.tokenizer()).unpadded
     monkeypatch.setattr(unpadded.Stretch, "mask", lambda *_: None)
     assert not tiny.policy().unpadded, "a prompt that is not seen is noticed"
     monkeypatch.setattr(unpadded.Stretch, "mask", lambda *_: 1 / 0)

@@ -32,7 +32,6 @@ from rebel.policies.rows import (
     Padded,
     Places,
     Rows,
-    attention_in,
     full_attention,
     packed,
     padded,
@@ -41,7 +40,7 @@ from rebel.policies.rows import (
     shares,
 )
 from rebel.policies.sparing import Sparing
-from rebel.policies.unpadded import unpadded
+from rebel.policies.unpadded import separable, unpadded
 from rebel.types import Completion, Content, Prompt, TokenTrace
 
 LanguageModel = PreTrainedModel | PeftModel
@@ -370,7 +369,7 @@ def shares_prefix(policy: CausalLM) -> bool:
 
 def needs_no_padding(policy: CausalLM) -> bool:
     """Whether attention can be computed stretch by stretch: tried in the same way. On a GPU it has no figures yet."""
-    return policy.device.type == "cpu" and attention_in(policy.bare.causal) == "sdpa" and agrees(policy, unpadded)
+    return policy.device.type == "cpu" and separable(policy.bare.causal) and agrees(policy, unpadded)
 
 
 def packs(policy: CausalLM) -> bool:

@@ -13,7 +13,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from rebel.policies.rows import Places, attention_of, backbone, families
+from rebel.policies.rows import Places, attention_in, attention_of, backbone, families
 from rebel.types import TokenTrace
 
 STRETCHES = "stretches"
@@ -97,12 +97,11 @@ def attend(
     """Attention of the one row, in the form in which transformers calls it."""
     layout: Unpadded = how.pop(STRETCHES)
     window = how["sliding_window"] if windowed(module.config) else None
-    rows = [states[0].transpose(0, 1) for states in (query, key, value)]
+    queries, keys, values = (states[0].transpose(0, 1) for states in (query, key, value))
     found = []
     for stretch in layout.stretches:
-        places = (stretch.query, stretch.key, stretch.key)
-        given = [taken(states, at) for states, at in zip(rows, places, strict=True)]
-        out, _ = sdpa_attention_forward(module, *given, stretch.mask(window, query), **how)
+        q, k, v = taken(queries, stretch.query), taken(keys, stretch.key), taken(values, stretch.key)
+        out, _ = sdpa_attention_forward(module, q, k, v, stretch.mask(window, query), **how)
         found.append(out.flatten(0, 1))
     return torch.cat(found).index_select(0, layout.order)[None], None
 
@@ -113,6 +112,12 @@ AttentionInterface.register(STRETCHES, attend)
 def taken(states: Float[Tensor, "T h D"], places: Int[Tensor, "n L"]) -> Float[Tensor, "n h L D"]:
     """The states at these places."""
     return states.index_select(0, places.flatten()).unflatten(0, places.shape).transpose(1, 2)
+
+
+def separable(causal: PreTrainedModel) -> bool:
+    """Whether the model's attention is one that is known here: whole, or of windows, by transformers' sdpa."""
+    layers = set(getattr(causal.config.get_text_config(), "layer_types", None) or [])
+    return attention_in(causal) == "sdpa" and layers <= {"full_attention", "sliding_attention"}
 
 
 def windowed(config: Any) -> bool:
