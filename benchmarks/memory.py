@@ -117,7 +117,7 @@ def flat(found: dict[str, Found]) -> float:
 
 def main() -> None:
     torch.set_num_threads(1)
-    words = {str(v): update(Work(16, 32, 32, (96, 96), 8192, v)) for v in (32_000, 64_000, 128_000, 256_000)}
+    words = {str(v): update(Work(16, 32, 32, (96, 96), 9_700, v)) for v in (32_000, 64_000, 128_000, 256_000)}
     found = {
         # apart from the gradient of the output layer
         "vocabulary": {v: replace(row, mib=round(row.mib - 4 * WIDTH * int(v) / MIB, 1)) for v, row in words.items()}

@@ -27,6 +27,7 @@ from rebel.policies.footprint import (
     load_packed,
     load_shared,
     load_unpadded,
+    saves,
 )
 from rebel.policies.rows import (
     Padded,
@@ -160,7 +161,7 @@ class CausalLM:
     packed: bool = False
     """Whether it does so in one row without padding, by FlexAttention."""
     unpadded: bool = False
-    """Whether all tokens go through the model in one row without padding, and attention stretch by stretch."""
+    """Whether tokens go through the model in one row where much would be padding, and attention stretch by stretch."""
     footprint: Footprint = field(default_factory=Footprint)
     """What a backward pass keeps of what goes through the model."""
     sparing: Sparing = nullcontext
@@ -191,7 +192,7 @@ class CausalLM:
         prompted = all(trace.prompt for trace in traces)
         if self.packed and prompted:
             return packed(traces, self.device)
-        if self.unpadded and prompted:
+        if self.unpadded and prompted and saves(traces, self.shared_prefix):
             return unpadded(traces, self.device, self.shared_prefix)
         return rows(traces, self.device, self.shared_prefix)
 

@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from rebel.policies.rows import families, tokens_apart, tokens_shared
+from rebel.policies.rows import families, shares, tokens_apart, tokens_shared
 from rebel.types import TokenTrace
 
 USUAL = 8192
 """Tokens in a micro-batch, if nobody says otherwise."""
+
+WORTH = 0.05
+"""The share of padding below which padded rows are faster."""
 
 
 class Load(NamedTuple):
@@ -76,6 +79,13 @@ def load_packed(traces: Sequence[TokenTrace]) -> Load:
     """Of one row of prompts and completions."""
     tokens = sum(map(len, families(traces))) + sum(len(trace.completion) for trace in traces)
     return Load(tokens, 0, 0, written(traces))
+
+
+def saves(traces: Sequence[TokenTrace], share: bool) -> bool:
+    """Whether so much of these traces would be padding that one row without it is faster."""
+    rows = load_shared(traces) if share and shares(traces) else load_apart(traces)
+    last = len(traces)  # tokens that one row leaves out
+    return load_unpadded(traces, share).tokens + last < (1 - WORTH) * rows.tokens
 
 
 def load_unpadded(traces: Sequence[TokenTrace], share: bool) -> Load:
