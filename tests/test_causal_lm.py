@@ -25,17 +25,19 @@ from rebel.build.model import build_policy
 from rebel.config import RebelConfig
 from rebel.errors import RebelError
 from rebel.policies import causal_lm as module
+from rebel.policies import unpadded
 from rebel.policies.causal_lm import (
     CausalLM,
     causal_lm,
     check_head,
-    frozen_copy,
-    initial_adapter,
+    footprint_of,
     packs,
-    without_adapter,
 )
+from rebel.policies.footprint import Load, footprint
+from rebel.policies.references import frozen_copy, initial_adapter, without_adapter
 from rebel.policies.rows import Packed, Padded, SharedPrefix, padded
 from rebel.policies.sparing import recomputable
+from rebel.policies.unpadded import Unpadded
 from rebel.types import LogProb, Policy, Prompt, TokenTrace
 
 KINDS = list(CONFIGS)
@@ -241,6 +243,7 @@ def test_a_shared_prompt_changes_neither_values_nor_gradients(kind: str) -> None
     # in double too, transformers' norms and rotations are in fp32
     for policy, tolerance in ((tiny.policy(kind, 0.7), 1e-5), (in_double(kind, 0.7), 1e-6)):
         assert policy.shared_prefix, "the architecture can go on from one pass over a prompt"
+        policy = replace(policy, unpadded=False)
         traces = families()
         assert isinstance(policy.rows(traces), SharedPrefix)
         logp, gradient = gradients(policy, traces)
@@ -249,6 +252,70 @@ def test_a_shared_prompt_changes_neither_values_nor_gradients(kind: str) -> None
         assert gradient.keys() == expected.keys()
         for name, value in expected.items():
             assert (gradient[name] - value).norm() <= tolerance * max(value.norm(), 1.0), name
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("spare", [0.0, 0.25, 1.0])  # from a block for each length to one for all
+def test_one_row_without_padding_changes_neither_values_nor_gradients(
+    kind: str, spare: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(unpadded, "SPARE", spare)
+    monkeypatch.setattr(unpadded, "CALL", 0)
+    # those of `traces` have a prompt of their own each, and go through as whole rows; the block of a short completion
+    # of a long prompt and a long one of a short prompt has padding that sees no key within its window
+    long = [TokenTrace(tiny.trace(20, 1).prompt, tiny.trace(1, count, seed=count).completion) for count in (2, 3)]
+    traces = [*long, *families(), *tiny.traces(), TokenTrace((5,), (7,)), tiny.trace(3, 5, mask=(False,) * 5)]
+    for policy, tolerance in ((tiny.policy(kind, 0.7), 1e-5), (in_double(kind, 0.7), 1e-6)):
+        assert policy.unpadded, "it is what there is on a CPU"
+        plain_rows = replace(policy, shared_prefix=False, unpadded=False)
+        assert isinstance(plain_rows.rows(traces), Padded)
+        apart, expected = gradients(plain_rows, traces)
+        for shared in (False, True):
+            one_row = replace(policy, shared_prefix=shared)
+            assert isinstance(one_row.rows(traces), Unpadded)
+            logp, gradient = gradients(one_row, traces)
+            torch.testing.assert_close(logp, apart, rtol=tolerance, atol=2 * tolerance)
+            assert gradient.keys() == expected.keys()
+            for name, value in expected.items():
+                assert (gradient[name] - value).norm() <= tolerance * max(value.norm(), 1.0), name
+        assert policy.bare.causal.config._attn_implementation == "sdpa"
+
+
+def test_no_padding_goes_through_the_model() -> None:
+    policy = tiny.policy()
+    seen: list[int] = []
+    policy.bare.causal.get_input_embeddings().register_forward_hook(lambda m, i, o: seen.append(i[0].numel()))
+    traces = families()
+    prompts, completions = 9 + 2 + 5, sum(len(trace.completion) - 1 for trace in traces)
+    policy.log_prob(traces)
+    assert seen == [prompts + completions] == [policy.load(traces).tokens]
+    assert policy.load(traces).copied == sum(len(trace.prompt) for trace in traces)
+    apart = replace(policy, shared_prefix=False)
+    apart.log_prob(traces)
+    assert seen[1] == sum(len(trace) - 1 for trace in traces) == apart.load(traces).tokens
+
+
+def test_stretches_are_of_like_length_and_have_every_token_once() -> None:
+    lengths = (1, 2, 3, 30, 31, 60, 63, 64)
+    traces = [TokenTrace((3, 4), tiny.trace(1, n + 1, seed=n).completion) for n in lengths]
+    row = unpadded.unpadded(traces, torch.device("cpu"))
+    assert [tuple(block.query.shape) for block in row.blocks] == [(1, 2), (4, 64), (2, 30), (2, 2)]
+    assert [tuple(block.key.shape) for block in row.blocks] == [(1, 2), (4, 66), (2, 32), (2, 4)]
+    outcomes = torch.cat([block.query.flatten() for block in row.blocks])
+    assert outcomes[row.order].tolist() == list(range(row.ids.numel()))
+
+
+def test_models_whose_attention_cannot_be_taken_apart_have_their_rows_padded(monkeypatch: pytest.MonkeyPatch) -> None:
+    eager = tiny.model()
+    eager.set_attn_implementation("eager")
+    assert not causal_lm(eager, tiny.tokenizer()).unpadded
+    chunked = tiny.model()
+    chunked.config.layer_types = ["chunked_attention", "full_attention"]
+    assert not causal_lm(chunked, tiny.tokenizer()).unpadded
+    monkeypatch.setattr(unpadded.Block, "mask", lambda *_: None)
+    assert not tiny.policy().unpadded, "a prompt that is not seen is noticed"
+    monkeypatch.setattr(unpadded.Block, "mask", lambda *_: 1 / 0)
+    assert isinstance(tiny.policy().rows(families()), SharedPrefix)
 
 
 def dense_attention(query: Tensor, key: Tensor, value: Tensor, **how: Any) -> Tensor:
@@ -267,7 +334,7 @@ def test_packed_into_one_row_nothing_changes(kind: str, monkeypatch: pytest.Monk
     traces = [*families(), TokenTrace(families()[1].prompt, tiny.trace(1, 3).completion, (False, False, False))]
     one_row = replace(policy, packed=True)
     assert isinstance(one_row.rows(traces), Packed)
-    assert one_row.cost(traces) == 16 + sum(len(trace.completion) for trace in traces), "no padding"
+    assert one_row.load(traces).tokens == 16 + sum(len(trace.completion) for trace in traces), "no padding"
     logp, gradient = gradients(one_row, traces)
     apart, expected = gradients(replace(policy, shared_prefix=False), traces)
     torch.testing.assert_close(logp, apart, rtol=1e-6, atol=1e-5)
@@ -290,15 +357,14 @@ def test_flex_attention_without_a_gpu_is_refused() -> None:
 
 
 def test_a_shared_prompt_goes_through_the_model_once() -> None:
-    policy = tiny.policy()
+    policy = replace(tiny.policy(), unpadded=False)
     seen: list[int] = []
     policy.bare.causal.get_input_embeddings().register_forward_hook(lambda m, i, o: seen.append(i[0].numel()))
     traces = [TokenTrace(tuple(range(10, 22)), (5, 6, 7 + k)) for k in range(8)]
     policy.log_prob(traces)
     assert seen == [12, 8 * 2], "the prompt, and all but the last token of every completion"
-    assert replace(policy, copy_cost=0.0).cost(traces) == 12 + 8 * 3
-    assert policy.cost(traces) == 12 + 8 * 3 + round(8 * 12 * 32 / (160 + 128)), "and keys and values of 8 x 12 tokens"
-    assert policy.cost([tiny.trace(2, 9), tiny.trace(7, 3, seed=1)]) == 22, "nothing to share: padded rows"
+    assert policy.load(traces) == Load(tokens=12 + 8 * 3, copied=8 * 12, pairs=8 * 3 * 15, written=8 * 3)
+    assert policy.load([tiny.trace(2, 9), tiny.trace(7, 3, seed=1)]).tokens == 22, "nothing to share: padded rows"
 
 
 def test_divergence_does_not_depend_on_the_layout() -> None:
@@ -321,7 +387,8 @@ def test_a_model_that_cannot_share_a_prompt_computes_whole_rows(monkeypatch: pyt
     monkeypatch.setattr(SharedPrefix, "after_prompts", lambda *_: 1 / 0)
     policy = tiny.policy()
     assert not policy.shared_prefix
-    assert isinstance(policy.rows(families()), Padded)
+    assert isinstance(replace(policy, unpadded=False).rows(families()), Padded)
+    assert policy.load(families()).copied == 0
 
 
 # -- what models and tokenizers there are --------------------------------------------------------------------------
@@ -330,8 +397,26 @@ def test_a_model_that_cannot_share_a_prompt_computes_whole_rows(monkeypatch: pyt
 def test_it_is_a_policy_and_costs_tokens() -> None:
     policy = tiny.policy()
     assert isinstance(policy, Policy)
-    assert policy.cost([tiny.trace(4, 6)]) == 10
-    assert policy.cost([tiny.trace(4, 6), tiny.trace(2, 9)]) == 22, "two rows, padded to the longer one"
+    kept = 2 * (10 * 16 + 4 * 32) + 6 * 16  # of a token: two layers and what is outside of them
+    logits = 3 * VOCABULARY / kept
+    assert policy.cost([tiny.trace(4, 6)]) == int(9 + 6 * logits)
+    assert policy.cost([tiny.trace(4, 6), tiny.trace(2, 9)]) == int(19 + 15 * logits), "the last tokens are not read"
+    rows = replace(policy, unpadded=False)
+    rows = replace(rows, footprint=footprint_of(rows))
+    assert rows.cost([tiny.trace(4, 6), tiny.trace(2, 9)]) == int(22 + 15 * logits), "two rows, padded to the longer"
+    shared = [TokenTrace(tuple(range(10, 22)), (5, 6, 7 + k)) for k in range(8)]
+    copies, pairs = 8 * 12 * 2 * 2 * 16 / kept, 8 * 2 * 14 / kept
+    assert policy.cost(shared) == int(12 + 8 * 2 + copies + pairs + 24 * logits)
+    assert rows.cost(shared) == int(12 + 8 * 3 + copies + 2 * 8 * 3 * 15 / kept + 24 * logits)
+
+
+def test_what_a_large_vocabulary_takes_is_bounded() -> None:
+    def shape(words: int) -> PreTrainedConfig:
+        return tiny.model(vocab_size=words).config
+
+    costs = [footprint(shape(words), most_logits=2**21).logits for words in (128, 256, 1024)]
+    assert costs[1] == pytest.approx(2 * costs[0])
+    assert costs[2] == costs[1], "2**21 logits of 8,192 tokens are 256 of each"
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "gemma2"])
@@ -422,9 +507,9 @@ def test_dropout_is_off_also_where_gradients_are_taken(kind: str, checkpointing:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("lora", [False, True])
-@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize(("shared", "without_padding"), [(False, False), (True, False), (True, True)])
 def test_gradient_checkpointing_recomputes_every_layer_and_changes_no_gradient(
-    kind: str, lora: bool, shared: bool
+    kind: str, lora: bool, shared: bool, without_padding: bool
 ) -> None:
     found, calls, kept = [], [], []
     for checkpointing in (False, True):
@@ -436,6 +521,7 @@ def test_gradient_checkpointing_recomputes_every_layer_and_changes_no_gradient(
             RebelConfig(gradient_checkpointing=checkpointing, shared_prefix=shared),
         )
         assert policy.shared_prefix == shared
+        policy = replace(policy, unpadded=without_padding)
         seen: list[int] = []
         layers = recomputable(policy.model)
         assert len(layers) == 2
@@ -449,7 +535,7 @@ def test_gradient_checkpointing_recomputes_every_layer_and_changes_no_gradient(
         calls.append(len(seen))
         kept.append(sum(sizes))
         assert not any(m.training or "forward" in vars(m) for m in policy.model.modules()), "as it was before"
-    passes = 2 if shared else 1  # over the prompts, and over what follows them
+    passes = 2 if shared and not without_padding else 1  # over the prompts, and over what follows them
     assert calls == [2 * passes, 4 * passes]
     assert kept[1] < 0.6 * kept[0], "little is kept"
     torch.testing.assert_close(found[1], found[0], rtol=1e-10, atol=1e-10)

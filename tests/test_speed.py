@@ -24,7 +24,7 @@ from rebel.errors import RebelError
 from rebel.learner import Learner, learner
 from rebel.policies import causal_lm as module
 from rebel.policies.causal_lm import Scorer, causal_lm
-from rebel.policies.rows import Rows
+from rebel.policies.rows import Rows, Stretches
 from rebel.samplers.prefilled import Prefilled, RoomyLayer
 from rebel.train import iterate
 
@@ -36,10 +36,10 @@ def passes(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, bool, bool]]:
     """(traces, with gradient, adapter on) of every time that log-probabilities are computed."""
     seen: list[tuple[int, bool, bool]] = []
 
-    def forward(self: Scorer, rows: Rows) -> Tensor:
+    def forward(self: Scorer, rows: Rows, *stretches: Stretches) -> Tensor:
         adapters = [m for m in self.model.modules() if isinstance(m, BaseTunerLayer)]
         seen.append((rows.traces, torch.is_grad_enabled(), not any(m.disable_adapters for m in adapters)))
-        return usual(self, rows)
+        return usual(self, rows, *stretches)
 
     usual = Scorer.forward
     monkeypatch.setattr(Scorer, "forward", forward)
@@ -130,13 +130,13 @@ def update_of(
 
 def test_memory_does_not_grow_with_the_group() -> None:
     # of micro-batches that groups of each size fill to 94% and more
-    peaks = [peak(update_of(group, 64, budget=880)) for group in (2, 8, 64)]
+    peaks = [peak(update_of(group, 64, budget=1230)) for group in (2, 8, 64)]
     assert max(peaks) < 1.1 * min(peaks)
-    assert peak(update_of(64, 64, budget=3520)) > 2 * max(peaks), "it is the micro-batch that it grows with"
+    assert peak(update_of(64, 64, budget=4 * 1230)) > 2 * max(peaks), "it is the micro-batch that it grows with"
 
 
 def test_memory_does_not_grow_with_copies_of_a_long_prompt() -> None:
-    peaks = [peak(update_of(group, 64, budget=780, prompt=192, length=16)) for group in (2, 64)]
+    peaks = [peak(update_of(group, 64, budget=830, prompt=192, length=16)) for group in (2, 64)]
     assert max(peaks) < 1.1 * min(peaks)
 
 

@@ -20,7 +20,8 @@ from torch import Tensor
 from rebel.build import sampler as builder
 from rebel.collect import Drawn
 from rebel.errors import RebelError, RunStopped
-from rebel.policies.causal_lm import CausalLM, causal_lm, initial_adapter
+from rebel.policies.causal_lm import CausalLM, causal_lm
+from rebel.policies.references import initial_adapter
 from rebel.samplers import vllm
 from rebel.samplers.generate import Generate
 from rebel.samplers.vllm import VLLM, Engine, check_version, probe_of, token_logp

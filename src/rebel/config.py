@@ -218,7 +218,7 @@ class RebelConfig:
     num_iterations: int | None = None
     """Passes over the completions of one iteration. Unset: 4, and 1 offline or in rounds. (TRL's default is 1.)"""
     tokens_per_micro_batch: int = 8192
-    """Tokens in one forward pass; sets the memory of training, never its result."""
+    """Tokens in one forward pass, and what takes as much memory; sets the memory of training, never its result."""
     shared_prefix: bool = True
     """Compute a prompt once for all its completions in a micro-batch, where model and settings allow it."""
     learning_rate: float = 1e-5

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
@@ -73,10 +74,11 @@ def fill(items: Sequence[Sequence[Any]], cost: Cost, budget: int) -> list[list[i
     """
     prices = [cost(item) for item in items]
     order = sorted(range(len(items)), key=lambda i: -prices[i])
-    first = greedy(items, order, cost, budget)
-    mean = sum(cost(joined(items[i] for i in batch)) for batch in first) / max(len(first), 1)
-    even = greedy(items, order, cost, min(budget, int(mean + max(prices, default=0))))
-    return even if len(even) == len(first) else first
+    few = greedy(items, order, cost, budget)
+    mean = sum(cost(joined(items[i] for i in batch)) for batch in few) / max(len(few), 1)
+    limits = [mean + slack * max(prices, default=0) for slack in (0, 1 / 4, 1 / 2, 1)]
+    even = (greedy(items, order, cost, min(budget, math.ceil(limit))) for limit in limits)
+    return next((batches for batches in even if len(batches) == len(few)), few)
 
 
 def greedy(items: Sequence[Sequence[Any]], order: Sequence[int], cost: Cost, budget: int) -> list[list[int]]:

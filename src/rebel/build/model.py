@@ -33,11 +33,10 @@ from rebel.policies.causal_lm import (
     CausalLM,
     LanguageModel,
     causal_lm,
-    frozen_copy,
-    initial_adapter,
+    footprint_of,
     packs,
-    without_adapter,
 )
+from rebel.policies.references import frozen_copy, initial_adapter, without_adapter
 from rebel.policies.sparing import Sparing, all_of, offloading, recomputable, recomputing
 from rebel.types import LogProb
 
@@ -109,15 +108,14 @@ def build_policy(model: LanguageModel, tokenizer: PreTrainedTokenizerBase, confi
             "--shared_prefix, and a model that transformers can give this attention and whose own has no windows; "
             "leave it out"
         )
-    copy_cost = 0.0 if config.gradient_checkpointing else policy.copy_cost  # which makes copies again, too
-    return replace(
+    policy = replace(
         policy,
         shared_prefix=shared,
         packed=packed,
-        copy_cost=copy_cost,
         sparing=build_sparing(model, config),
         stretches=stretches_of(config),
     )
+    return replace(policy, footprint=footprint_of(policy, recomputed=config.gradient_checkpointing))
 
 
 def build_sparing(model: LanguageModel, config: RebelConfig) -> Sparing:

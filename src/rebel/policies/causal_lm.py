@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -18,28 +17,34 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl.kernels import ChunkedLogProbFunction
 from trl.kernels.chunked_logprob import TOKEN_CHUNK_SIZE
-from trl.trainer.utils import use_adapter
 
 from rebel.errors import RebelError
+from rebel.policies.footprint import (
+    Footprint,
+    Load,
+    footprint,
+    load_apart,
+    load_packed,
+    load_shared,
+    load_unpadded,
+    saves,
+)
 from rebel.policies.rows import (
     WHOLE,
     Padded,
     Places,
     Rows,
     Stretches,
-    copied,
     full_attention,
     packed,
     padded,
     rows,
     shared_prefix,
     shares,
-    tokens_apart,
-    tokens_packed,
-    tokens_shared,
 )
 from rebel.policies.sparing import Sparing
-from rebel.types import Completion, Content, LogProb, Prompt, TokenTrace
+from rebel.policies.unpadded import separable, unpadded
+from rebel.types import Completion, Content, Prompt, TokenTrace
 
 LanguageModel = PreTrainedModel | PeftModel
 """As transformers loads it, or with an adapter around it."""
@@ -161,8 +166,10 @@ class CausalLM:
     """Whether a prompt goes through the model once for all its completions in a micro-batch."""
     packed: bool = False
     """Whether it does so in one row without padding, by FlexAttention."""
-    copy_cost: float = 0.0
-    """What a backward pass keeps for the copied keys and values of a token, relative to all it keeps for one."""
+    unpadded: bool = False
+    """Whether tokens go through the model in one row where much would be padding, and attention block by block."""
+    footprint: Footprint = field(default_factory=Footprint)
+    """What a backward pass keeps of what goes through the model."""
     sparing: Sparing = nullcontext
     """How a backward pass keeps less in memory."""
     stretches: Stretches = WHOLE
@@ -190,9 +197,20 @@ class CausalLM:
 
     def rows(self, traces: Sequence[TokenTrace]) -> Rows:
         """The traces as tensors for the model."""
-        if self.packed and all(trace.prompt for trace in traces):
+        prompted = all(trace.prompt for trace in traces)
+        if self.packed and prompted:
             return packed(traces, self.device)
+        if self.unpadded and prompted and saves(traces, self.shared_prefix):
+            return unpadded(traces, self.device, self.shared_prefix)
         return rows(traces, self.device, self.shared_prefix)
+
+    def load(self, traces: Sequence[TokenTrace]) -> Load:
+        """What of them goes through the model."""
+        if self.packed:
+            return load_packed(traces)
+        if self.unpadded:
+            return load_unpadded(traces, self.shared_prefix)
+        return load_shared(traces) if self.shared_prefix and shares(traces) else load_apart(traces)
 
     def backward(
         self,
@@ -224,13 +242,9 @@ class CausalLM:
     def cost(self, traces: Sequence[TokenTrace]) -> int:
         """Tokens that go through the model for these traces in one micro-batch.
 
-        Copies of the keys and values of prompts count as the tokens that take as much memory.
+        Copies of the keys and values of prompts, masks and logits count as the tokens that take as much memory.
         """
-        if self.packed:
-            return tokens_packed(traces)
-        if not self.shared_prefix or not shares(traces):
-            return tokens_apart(traces)
-        return tokens_shared(traces) + round(self.copy_cost * copied(traces))
+        return self.footprint.tokens(self.load(traces))
 
     def encode(self, prompt: Prompt) -> list[int]:
         """Token ids of a prompt: text as the tokenizer takes it, messages through the chat template."""
@@ -304,14 +318,15 @@ def causal_lm(
         tokenizer.pad_token = tokenizer.eos_token
     policy = CausalLM(Scorer(model, temperature), tokenizer, eos, chat_template_kwargs or {})
     check_head(policy)
-    shape = model.config.get_text_config()
-    return replace(policy, shared_prefix=shares_prefix(policy), copy_cost=2 * shape.hidden_size / kept_of_token(shape))
+    policy = replace(policy, shared_prefix=shares_prefix(policy), unpadded=needs_no_padding(policy))
+    return replace(policy, footprint=footprint_of(policy))
 
 
-def kept_of_token(shape: Any) -> int:
-    """About how many numbers a layer keeps of a token for the backward pass."""
-    inner = getattr(shape, "intermediate_size", None) or 4 * shape.hidden_size
-    return 10 * shape.hidden_size + 4 * inner
+def footprint_of(policy: CausalLM, recomputed: bool = False) -> Footprint:
+    """What its layout and its model keep of a micro-batch."""
+    shape = policy.bare.causal.config.get_text_config()
+    masks = 1 if policy.unpadded or recomputed else shape.num_hidden_layers  # behind a cache every layer makes its own
+    return footprint(shape, most_logits(policy.device), recomputed, masks)
 
 
 def ends_of_sequence(model: LanguageModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
@@ -361,6 +376,11 @@ def shares_prefix(policy: CausalLM) -> bool:
     return agrees(policy, shared_prefix)
 
 
+def needs_no_padding(policy: CausalLM) -> bool:
+    """Whether attention can be computed block by block: tried in the same way. On a GPU it has no figures yet."""
+    return policy.device.type == "cpu" and separable(policy.bare.causal) and agrees(policy, unpadded)
+
+
 def packs(policy: CausalLM) -> bool:
     """Whether FlexAttention computes everything in one row: tried in the same way."""
     return full_attention(policy.bare.causal) and agrees(policy, packed)
@@ -396,45 +416,3 @@ def closeness(policy: CausalLM) -> float:
 def in_half(policy: CausalLM) -> bool:
     """Whether the weights have 16 bits."""
     return next(policy.model.parameters()).dtype in (torch.bfloat16, torch.float16)
-
-
-def frozen_copy(policy: CausalLM) -> LogProb:
-    """log pi_ref by a second model: a frozen copy of this one as it is now."""
-    scorer = Scorer(copy.deepcopy(policy.model).requires_grad_(False), policy.bare.temperature)
-    return replace(policy, scorer=scorer).log_prob
-
-
-def without_adapter(policy: CausalLM) -> LogProb:
-    """log pi_ref by the same weights with the adapter off: no second model."""
-
-    model = policy.model
-    assert isinstance(model, PeftModel), "there is an adapter to turn off"
-
-    def log_prob(traces: Sequence[TokenTrace]) -> Tensor:
-        with model.disable_adapter():
-            return plain(policy).log_prob(traces)
-
-    return log_prob
-
-
-def initial_adapter(policy: CausalLM) -> LogProb:
-    """log pi_ref by a frozen copy of the adapter that the policy starts from."""
-    model = policy.model
-    assert isinstance(model, PeftModel), "there is an adapter to start from"
-    model.add_adapter("reference", model.peft_config["default"])
-    weights = dict(model.named_parameters())
-    for name in [name for name in weights if ".default" in name]:
-        weights[name.replace(".default", ".reference")].data.copy_(weights[name].data)
-    model.set_adapter("default")
-    disable_dropout(model.eval())  # what the new adapter came with
-
-    def log_prob(traces: Sequence[TokenTrace]) -> Tensor:
-        with use_adapter(model, "reference"):
-            return plain(policy).log_prob(traces)
-
-    return log_prob
-
-
-def plain(policy: CausalLM) -> CausalLM:
-    """The same policy without the wrapper for distribution: references take no part in its collectives."""
-    return replace(policy, scorer=policy.bare)

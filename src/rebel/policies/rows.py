@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -44,6 +44,20 @@ class Stretches:
 
 WHOLE = Stretches(tokens=1, count=1)
 """All of a completion together."""
+
+
+@runtime_checkable
+class Rows(Protocol):
+    """Traces in a layout of tensors."""
+
+    @property
+    def traces(self) -> int:
+        """How many they are."""
+        ...
+
+    def places(self, causal: PreTrainedModel) -> Places:
+        """Every token that the policy wrote, with the hidden state that predicts it."""
+        ...
 
 
 class Padded(NamedTuple):
@@ -174,19 +188,21 @@ class Packed(NamedTuple):
         return create_block_mask(sees, None, None, len(group), len(group), device=str(group.device))
 
 
-Rows = Padded | SharedPrefix | Packed
-
-
 @contextmanager
-def attention_of(causal: PreTrainedModel, name: str) -> Iterator[None]:
+def attention_of(model: Any, name: str) -> Iterator[None]:
     """Within this context the model computes attention in this way."""
-    config = causal.config.get_text_config()
+    config = model.config.get_text_config()
     usual = config._attn_implementation
     config._attn_implementation = name
     try:
         yield
     finally:
         config._attn_implementation = usual
+
+
+def attention_in(model: Any) -> str:
+    """The way in which the model computes attention now."""
+    return model.config.get_text_config()._attn_implementation
 
 
 def full_attention(causal: PreTrainedModel) -> bool:
@@ -215,11 +231,6 @@ def tokens_apart(traces: Sequence[TokenTrace]) -> int:
     return len(traces) * max(len(trace) for trace in traces)
 
 
-def copied(traces: Sequence[TokenTrace]) -> int:
-    """Tokens of prompts whose keys and values are repeated for their completions, with every prompt once."""
-    return len(traces) * max(len(trace.prompt) for trace in traces)
-
-
 def tokens_shared(traces: Sequence[TokenTrace]) -> int:
     prompts = {trace.prompt for trace in traces}
     return len(prompts) * max(map(len, prompts)) + len(traces) * max(len(trace.completion) for trace in traces)
@@ -230,18 +241,19 @@ def rows(traces: Sequence[TokenTrace], device: torch.device, share: bool) -> Row
     return shared_prefix(traces, device) if share and shares(traces) else padded(traces, device)
 
 
-def tokens_packed(traces: Sequence[TokenTrace]) -> int:
-    return sum(map(len, {trace.prompt for trace in traces})) + sum(len(trace.completion) for trace in traces)
+def families(traces: Sequence[TokenTrace]) -> dict[tuple[int, ...], list[int]]:
+    """The places of the traces by prompt, in the order of its first completion."""
+    found: dict[tuple[int, ...], list[int]] = {}
+    for index, trace in enumerate(traces):
+        found.setdefault(trace.prompt, []).append(index)
+    return found
 
 
 def packed(traces: Sequence[TokenTrace], device: torch.device) -> Packed:
     """The traces by prompt, in the order of its first completion. Every prompt has a token at least."""
-    family: dict[tuple[int, ...], list[int]] = {}
-    for index, trace in enumerate(traces):
-        family.setdefault(trace.prompt, []).append(index)
     columns: list[tuple[int, int, int, int]] = []  # id, position, group, part
     places: list[tuple[int, int, int]] = []  # trace, where the prediction is made, where the token stands
-    for group, (prompt, members) in enumerate(family.items()):
+    for group, (prompt, members) in enumerate(families(traces).items()):
         columns += [(token, k, group, 0) for k, token in enumerate(prompt)]
         ends = len(columns) - 1
         for part, index in enumerate(members, start=1):

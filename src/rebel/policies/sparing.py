@@ -14,6 +14,8 @@ from transformers import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 from trl.models.activation_offloading import OffloadActivations
 
+from rebel.policies.rows import attention_in, attention_of
+
 Sparing = Callable[[nn.Module], AbstractContextManager[Any]]
 """What holds during the forward and backward pass of a model."""
 
@@ -32,7 +34,7 @@ def recomputing(model: nn.Module) -> Iterator[None]:
     """
     layers = recomputable(model)
     for layer in layers:
-        layer.forward = partial(computed_again, layer.forward)
+        layer.forward = partial(computed_again, model, layer.forward)
     try:
         yield
     finally:
@@ -40,15 +42,18 @@ def recomputing(model: nn.Module) -> Iterator[None]:
             del layer.forward
 
 
-def computed_again(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """What `forward` returns; nothing of how it came about is kept. A cache is each time as it was before."""
+def computed_again(model: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """What `forward` returns; nothing of how it came about is kept. A cache is each time as it was before, and so is
+    the way in which attention is computed."""
+    attention = attention_in(model)
     cache = next((given for given in (*args, *kwargs.values()) if isinstance(given, Cache)), None)
     before = [copy.copy(layer) for layer in cache.layers] if cache else []
 
     def again(*args: Any, **kwargs: Any) -> Any:
         if cache:
             cache.layers[:] = map(copy.copy, before)
-        return forward(*args, **kwargs)
+        with attention_of(model, attention):
+            return forward(*args, **kwargs)
 
     return checkpoint(again, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
 
