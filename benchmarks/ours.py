@@ -27,7 +27,7 @@ from rebel.checkpoint import Progress
 from rebel.train import iterate
 from rebel.types import Prompt
 
-MILESTONES = (192, 256, 320, 384, 448, 512, 576, 640, 1280, 2560, 5120)
+MILESTONES = (64, 128, 192, 256, 320, 384, 448, 512, 576, 640, 1280, 2560, 5120)
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,6 +20,7 @@ from rebel.checkpoint import Progress
 from rebel.config import RebelConfig
 from rebel.errors import RebelError
 from rebel.gains import credited
+from rebel.measures import known_halfway
 from rebel.pairing import all_pairs, best_against_worst
 from rebel.policies.rows import Stretches
 from rebel.rewards.beginnings import WithBeginnings
@@ -204,6 +205,12 @@ def test_groups_without_beginnings_have_no_gains_and_beginnings_follow_the_compl
     assert credited([plain])[0] is plain and credited([]) == []
     left = kept(scored([0.0, 1.0, 2.0], [[3.0], [4.0], [5.0]]), torch.tensor([True, False, True]))
     assert left is not None and left.beginnings is not None and left.beginnings.tolist() == [[3.0], [5.0]]
+
+
+@pytest.mark.parametrize(("early", "share"), [([[0.0], [1.0]], 1.0), ([[3.0], [3.0]], 0.0)])
+def test_how_much_is_known_halfway(early: list[list[float]], share: float) -> None:
+    assert known_halfway(gains_of(scored([2.0, 6.0], early))) == {"known_halfway": pytest.approx(share)}
+    assert known_halfway(gains_of(scored([2.0, 2.0], early))) == {} == known_halfway([])
 
 
 # -- rewards of beginnings ------------------------------------------------------------------------------------------

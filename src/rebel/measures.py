@@ -34,6 +34,7 @@ def of_draws(groups: Sequence[Scored], kept: Sequence[Scored]) -> Measures:
         "reward_std": mean(float(standing(group).std()) for group in kept),
         **components(groups),
         "flat_groups": mean(float(flat(group)) for group in kept),
+        **known_halfway([group.gains for group in kept if group.gains is not None]),
         "dropped_completions": float(len(completions) - used),
         "failed_rewards": float(standings.isnan().sum()),
         "dropped_groups": float(len(groups) - len(kept)),
@@ -53,6 +54,16 @@ def of_source(source: str, completions: Sequence[Completion], standings: Float[T
         **(of_lengths if lengths.any() else {}),
         "unfinished": mean(float(not completions[k].finished) for k in chosen),
     }
+
+
+def known_halfway(gains: Sequence[Float[Tensor, "G C"]]) -> Measures:
+    """The share of the variance of rewards within groups that the rewards of half completions explain."""
+    if not gains:
+        return {}
+    whole = torch.cat(list(gains))
+    open_still = whole[:, whole.shape[1] // 2 :].sum(dim=1).square().sum()
+    all_of_it = whole.sum(dim=1).square().sum()
+    return {"known_halfway": 1 - float(open_still / all_of_it)} if all_of_it else {}
 
 
 def log_ratios_of(groups: Sequence[Scored], log_ratios: Sequence[Tensor], name: str) -> Measures:

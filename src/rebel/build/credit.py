@@ -44,3 +44,13 @@ def stretches_of(config: RebelConfig) -> Stretches:
     if config.credit != "stretch":
         return WHOLE
     return Stretches(config.credit_tokens, max(1, -(-config.max_completion_length // config.credit_tokens)))
+
+
+def credit_in_words(config: RebelConfig) -> tuple[str, ...]:
+    """A line of the plan, where more than whole completions is scored."""
+    if config.credit != "stretch":
+        return ()
+    return (
+        f"credit       to each stretch of {config.credit_tokens} tokens, by the reward of what is written so far: a "
+        f"completion is scored up to {stretches_of(config).count} times",
+    )

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from rebel.build.credit import credit_in_words
 from rebel.build.evaluation import build_evaluator
 from rebel.build.length import iterations_of
 from rebel.build.rewards import for_evaluation
@@ -87,7 +88,7 @@ def online_parts(
     if in_rounds(config):
         rounds = build_rounds(config, source, prompts[0], PAIRINGS[config.pairing], policy, say)
         return Parts(rounds, evaluator, rule, notes=(in_words(config, rounds.size),), per_round=rounds.per_round)
-    notes = who_draws(config)
+    notes = (*who_draws(config), *credit_in_words(config))
     if config.data_completions:
         mixed, line = hybrid(sampler, prompts[0], config)
         source, notes = replace(source, sampler=mixed), (*notes, line)
