@@ -31,6 +31,7 @@ def name(run: Row) -> str:
     parts = [run["method"].upper()]
     if run["method"] == "rebel":
         parts.append("eta 1e6 (off)" if s["eta"] == 1e6 else f"eta {s['eta']}")
+        parts += ["by stretches"] if s["credit"] in ("auto", "stretch") else []
         parts += [f"KL held at {s['kl_per_iteration']:g}"] if s["kl_per_iteration"] else []
         parts += [f"average {s['average']:g}"] if s["average"] else []
         parts += ["clipped at 1"] if s["max_grad_norm"] == 1 else []

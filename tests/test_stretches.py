@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import replace
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -297,6 +298,7 @@ def test_stretches_are_chosen_where_every_reward_says_that_it_judges_beginnings(
     able.judges_beginnings = True  # pyright: ignore[reportFunctionMemberAccess]
     config = RebelConfig()
     assert decided(config, Weighted([PerCompletion(able)])).credit == "stretch"
+    assert decided(config, Weighted([PerCompletion(partial(able))])).credit == "stretch"
     assert decided(config, Weighted([PerCompletion(able), PerCompletion(other)])).credit == "trajectory"
     assert decided(config, None).credit == "trajectory"
     assert decided(replace(config, rounds=2), Weighted([PerCompletion(able)])).credit == "trajectory"

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 from rebel import credit
 from rebel.config import RebelConfig
@@ -31,7 +33,13 @@ def decided(config: RebelConfig, reward: Weighted | None) -> RebelConfig:
 
 def judge_beginnings(rewards: Sequence[Reward]) -> bool:
     """Whether all these rewards are functions that say that they can judge unfinished text."""
-    return all(isinstance(r, PerCompletion) and getattr(r.fn, "judges_beginnings", False) for r in rewards)
+    return all(isinstance(reward, PerCompletion) and says_so(reward.fn) for reward in rewards)
+
+
+def says_so(fn: Callable[..., Any]) -> bool:
+    while isinstance(fn, functools.partial):
+        fn = fn.func
+    return bool(getattr(fn, "judges_beginnings", False))
 
 
 def credit_of(config: RebelConfig) -> Credit:
