@@ -311,18 +311,18 @@ def test_a_scaled_way_is_as_if_every_weight_had_gone_that_far() -> None:
     torch.testing.assert_close(one.averaged, averaged)
 
 
-@pytest.mark.parametrize(("goal", "stretch"), [(0.01, 4.0), (0.3, 40.0), (5.0, 1.5)])
-def test_the_way_is_scaled_until_the_policy_has_moved_by_the_goal(goal: float, stretch: float) -> None:
+@pytest.mark.parametrize(("goal", "leeway"), [(0.01, 4.0), (0.3, 40.0), (5.0, 1.5)])
+def test_the_way_is_scaled_until_the_policy_has_moved_by_the_goal(goal: float, leeway: float) -> None:
     one, groups = a_learner(rate=3e-4), ragged()
     _, weigh = problem(groups, all_pairs, one)
     start = one.depart()
-    assert meet(one, start, goal, stretch, groups) == Moved(1.0, 0.0)  # nothing has moved yet
+    assert meet(one, start, goal, leeway, groups) == Moved(1.0, 0.0)  # nothing has moved yet
     for _ in range(2):
         one.update(traces_of(groups), weigh)
     moved, before = copied(one), start.weights
-    found = meet(one, start, goal, stretch, groups)
+    found = meet(one, start, goal, leeway, groups)
     assert found.kl == pytest.approx(divergence(one, start, probe(groups)))
-    assert found.kl == pytest.approx(goal, rel=0.05) if found.scale < stretch else found.kl < goal
+    assert found.kl == pytest.approx(goal, rel=0.05) if found.scale < leeway else found.kl < goal
     scaled = [b + found.scale * (w - b) for b, w in zip(before, moved, strict=True)]
     torch.testing.assert_close(copied(one), scaled)
 

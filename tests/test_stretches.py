@@ -20,14 +20,13 @@ from rebel.build.credit import decided, stretches_of
 from rebel.checkpoint import Progress
 from rebel.config import RebelConfig
 from rebel.errors import RebelError
-from rebel.gains import credited
-from rebel.measures import known_halfway
+from rebel.gains import credited, known_halfway
 from rebel.pairing import all_pairs, best_against_worst
 from rebel.policies.rows import Stretches
 from rebel.rewards.beginnings import WithBeginnings
 from rebel.rewards.combine import Weighted
-from rebel.rewards.functions import PerCompletion
-from rebel.rewards.groups import kept
+from rebel.rewards.functions import Notes, PerCompletion
+from rebel.rewards.groups import kept, scaled
 from rebel.types import Completion, Prompt, Rollout, Scored, TokenTrace
 from rebel.validate import validate
 
@@ -163,55 +162,95 @@ def gains_of(*groups: Scored) -> list[Tensor]:
     return [group.gains for group in credited(groups) if group.gains is not None]
 
 
+def gains_beside_its_like(group: Scored) -> Tensor:
+    """With the share that this group alone would give."""
+    return gains_of(group, group)[0]
+
+
+def random_groups(count: int = 3, size: int = 4) -> list[Scored]:
+    empty = scored([0.0] * size, [[0.0, 0.0]] * size)
+    seeds = range(1, count + 1)
+    return [replace(empty, rewards=randn(size, seed=s), beginnings=randn(size, 2, seed=90 + s)) for s in seeds]
+
+
 def test_gains_sum_to_the_reward_less_the_mean_of_its_group() -> None:
-    groups = [
-        replace(scored([0.0] * 4, [[0.0, 0.0]] * 4), rewards=randn(4, seed=s), beginnings=randn(4, 2, seed=9 + s))
-        for s in (1, 2, 3)
-    ]
+    groups = random_groups()
     for group, gains in zip(groups, gains_of(*groups), strict=True):
         assert group.rewards is not None
         torch.testing.assert_close(gains.sum(dim=1), group.rewards - group.rewards.mean())
 
 
 def test_beginnings_that_say_nothing_leave_all_to_the_last_stretch() -> None:
-    (gains,) = gains_of(scored([1.0, 0.0, 5.0], [[7.0, 2.0]] * 3))
+    gains = gains_beside_its_like(scored([1.0, 0.0, 5.0], [[7.0, 2.0]] * 3))
     assert gains.tolist() == [[0.0, 0.0, -1.0], [0.0, 0.0, -2.0], [0.0, 0.0, 3.0]]
 
 
 def test_beginnings_that_say_all_leave_nothing_to_later_ones_in_any_unit() -> None:
     for unit in (1.0, -20.0):
         early = [[unit * 0.0, unit * 1.0], [unit * 3.0, unit * 3.0], [unit * 0.0, unit * 2.0]]
-        (gains,) = gains_of(scored([1.0, 3.0, 2.0], early))
+        gains = gains_beside_its_like(scored([1.0, 3.0, 2.0], early))
         torch.testing.assert_close(gains[:, 2], torch.zeros(3, dtype=F64))
         assert gains[1, 0] > 0 > gains[0, 0] == gains[2, 0]
 
 
-def test_a_completion_that_has_ended_is_worth_its_reward() -> None:
-    """Whatever the share of the other beginnings: here that of the first ones is about a half."""
+@pytest.mark.parametrize("level", [0.0, -30.0])
+def test_a_completion_that_has_ended_is_worth_its_reward_whatever_the_level_of_beginnings(level: float) -> None:
+    """What has ended has no part in the share of the beginnings, nor in the mean that they are compared with."""
     nan = math.nan
-    (gains,) = gains_of(scored([4.0, 1.0, 2.0, 1.0], [[nan, nan], [1.0, nan], [2.0, 2.0], [7.0, 5.0]]))
+    early = [[nan, nan], [1.0 + level, nan], [2.0 + level, 2.0 + level], [7.0 + level, 5.0 + level]]
+    gains = gains_beside_its_like(scored([4.0, 1.0, 2.0, 1.0], early))
     assert gains[0].tolist() == [2.0, 0.0, 0.0]
     assert gains[1, 2] == 0 != gains[1, 1], "it ended in its second stretch"
-    assert gains[3, 2] != 0
+    # of rewards 1, 2, 1 on beginnings 1, 2, 7 least squares find -2 / 31
+    torch.testing.assert_close(gains[1:, 0], torch.tensor([7.0, 4.0, -11.0], dtype=F64) / 3 * 2 / 31)
 
 
-def test_the_share_of_beginnings_is_found_over_all_groups_and_a_group_s_level_is_none_of_it() -> None:
+def test_the_share_of_beginnings_is_that_of_the_other_groups_and_a_group_s_level_is_none_of_it() -> None:
     one, other = scored([0.0, 2.0], [[10.0], [11.0]]), scored([5.0, 5.0], [[-3.0], [-2.0]])
-    first, second = gains_of(one, other)  # least squares of (-1, 1, 0, 0) on (-0.5, 0.5, -0.5, 0.5): 1
-    assert first.tolist() == [[-0.5, -0.5], [0.5, 0.5]] and second.tolist() == [[-0.5, 0.5], [0.5, -0.5]]
+    first, second = gains_of(one, other)  # the share is 2 in the first group and 0 in the second
+    assert first.tolist() == [[0.0, -1.0], [0.0, 1.0]] and second.tolist() == [[-1.0, 1.0], [1.0, -1.0]]
+    assert gains_of(one)[0].tolist() == [[0.0, -1.0], [0.0, 1.0]], "alone it knows no share"
+
+
+@pytest.mark.parametrize("scale", ["group", "batch"])
+@pytest.mark.parametrize("unit", [0.1, 100.0])
+def test_scaled_rewards_have_gains_that_do_not_depend_on_the_unit(scale: Any, unit: float) -> None:
+    """Some completions have ended: their rewards stand beside beginnings."""
+    groups = [
+        replace(group, beginnings=torch.stack([torch.tensor([math.nan, 0.0, 1.0, 2.0]), torch.ones(4)], dim=1))
+        for group in random_groups()
+    ]
+    other = [replace(g, rewards=unit * g.rewards, beginnings=unit * g.beginnings) for g in groups]  # pyright: ignore[reportOptionalOperand]
+    for one, same in zip(gains_of(*scaled(groups, scale)), gains_of(*scaled(other, scale)), strict=True):
+        torch.testing.assert_close(one, same, rtol=0.01, atol=0.01)  # but for the epsilon of the scale
 
 
 def test_groups_without_beginnings_have_no_gains_and_beginnings_follow_the_completions_that_are_kept() -> None:
     plain = replace(scored([0.0, 1.0], [[0.0], [1.0]]), beginnings=None)
     assert credited([plain])[0] is plain and credited([]) == []
+    with pytest.raises(AssertionError, match="of all groups are scored, or of none"):
+        credited([plain, scored([0.0, 1.0], [[0.0], [1.0]])])
     left = kept(scored([0.0, 1.0, 2.0], [[3.0], [4.0], [5.0]]), torch.tensor([True, False, True]))
     assert left is not None and left.beginnings is not None and left.beginnings.tolist() == [[3.0], [5.0]]
 
 
 @pytest.mark.parametrize(("early", "share"), [([[0.0], [1.0]], 1.0), ([[3.0], [3.0]], 0.0)])
 def test_how_much_is_known_halfway(early: list[list[float]], share: float) -> None:
-    assert known_halfway(gains_of(scored([2.0, 6.0], early))) == {"known_halfway": pytest.approx(share)}
-    assert known_halfway(gains_of(scored([2.0, 2.0], early))) == {} == known_halfway([])
+    group = scored([2.0, 6.0], early)
+    assert known_halfway(credited([group, group])) == pytest.approx(share)
+    flat = scored([2.0, 2.0], early)
+    assert known_halfway(credited([flat, flat])) is None is known_halfway([group])
+
+
+def test_half_of_a_completion_is_half_of_its_own_stretches() -> None:
+    """After two stretches of four, and after one of two; of one that has a single stretch nothing is known before."""
+    nan = math.nan
+    long = scored([1.0, 3.0], [[0.0, 1.0, 1.0], [0.0, 3.0, 3.0]])
+    short = scored([1.0, 3.0], [[1.0, nan, nan], [3.0, nan, nan]])
+    single = scored([1.0, 3.0], [[nan] * 3, [nan] * 3])
+    assert known_halfway(credited([long, long])) == pytest.approx(1.0)
+    assert known_halfway(credited([short, short])) == pytest.approx(1.0)
+    assert known_halfway(credited([single, single])) == pytest.approx(0.0)
 
 
 # -- rewards of beginnings ------------------------------------------------------------------------------------------
@@ -243,6 +282,19 @@ def test_beginnings_are_what_stands_after_each_stretch_and_are_scored_in_one_cal
     for group, table in zip((one, other), expected, strict=True):
         assert group.beginnings is not None
         torch.testing.assert_close(group.beginnings, table, equal_nan=True)
+
+
+def test_what_is_noted_of_beginnings_is_not_kept() -> None:
+    notes = Notes()
+
+    def talks(completions: list[str], log_metric: Any, log_extra: Any, **rest: Any) -> list[float]:
+        log_metric("length", len(completions[0]))
+        log_extra("first", completions)
+        return [0.0] * len(completions)
+
+    given = PerCompletion(talks, notes=notes)
+    WithBeginnings(Weighted([given]), write, tokens=2, count=4, aside=notes.aside)([rollout(5, 9)])
+    assert notes.columns == {"first": ["5 long", "9 long"]} and notes.take_metrics() == {"length": 6.0}
 
 
 def test_completions_of_one_stretch_and_beginnings_without_a_value() -> None:
@@ -301,6 +353,7 @@ def test_stretches_are_chosen_where_every_reward_says_that_it_judges_beginnings(
     assert decided(config, Weighted([PerCompletion(partial(able))])).credit == "stretch"
     assert decided(config, Weighted([PerCompletion(able), PerCompletion(other)])).credit == "trajectory"
     assert decided(config, None).credit == "trajectory"
+    assert decided(replace(config, pairing="extremes"), Weighted([PerCompletion(able)])).credit == "trajectory"
     assert decided(replace(config, rounds=2), Weighted([PerCompletion(able)])).credit == "trajectory"
     assert decided(replace(config, credit="trajectory"), Weighted([PerCompletion(able)])).credit == "trajectory"
 
@@ -310,6 +363,7 @@ def test_stretches_are_chosen_where_every_reward_says_that_it_judges_beginnings(
     [
         ({"judge": "a.py:f"}, "--credit stretch with --judge a.py:f: beginnings of completions are scored by reward"),
         ({"rounds": 2}, "--credit stretch with --rounds 2"),
+        ({"pairing": "extremes"}, "--credit stretch with --pairing extremes: who is best"),
         ({"offline": True}, "--credit stretch with --offline"),
         ({"credit_tokens": 0}, "--credit_tokens 0"),
         ({"credit_lambda": 1.5}, "--credit_lambda 1.5: use a number from 0 to 1"),

@@ -27,8 +27,9 @@ stretch is regressed onto what it brought, and the loss is the sum over stretche
     d_k  = gain_k - beta * [log pi_t - log pi_ref] of stretch k
     r~_k = d_k + lam * d_{k+1} + lam^2 * d_{k+2} + ...      what stretch k is credited with (GAE, arXiv 1506.02438)
 
-At lam = 1 the gradient at the anchor has the same expectation as that of whole trajectories, and less noise, whatever
-the gains were computed from; below 1, less of what came later counts, for a bias as large as the gains are wrong. The
+At lam = 1 the gradient at the anchor has the same expectation as that of whole trajectories, if the gains are changes
+of some function of what was written so far that was not fitted to the trajectory itself; it has less noise if that
+function knows something. Below 1, less of what came later counts, for a bias as large as the gains are wrong. The
 quadratic part of both losses has the same expectation to second order, since log-ratios of two stretches are
 uncorrelated under pi_t. It is not the paper's.
 """

@@ -86,7 +86,7 @@ def fit(
     with phase("training", len(minibatches)) as done:
         start = learner.depart() if problem.goal else None
         fits = take_steps(learner, problem, how, minibatches, held, done)
-        moved = meet(learner, start, problem.goal, how.step_rule.stretch, groups) if start and problem.goal else Moved()
+        moved = meet(learner, start, problem.goal, how.step_rule.leeway, groups) if start and problem.goal else Moved()
     probe = held or last_seen(fits)
     after = score(learner, learner.policy.log_prob, groups, probe)
     ended = time.perf_counter()

@@ -10,56 +10,67 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from rebel.types import Scored
+
+ROUNDING = 1e-9
+"""A sum of squares below this share of that of all groups is none."""
 
 
 def credited(groups: Sequence[Scored]) -> list[Scored]:
     """The groups with the gains of their stretches, where the rewards of beginnings are known.
 
     The reward that is to be expected after k stretches is the group's mean and, of the difference in reward between
-    this beginning and the group's, the share that least squares over all groups finds in the rewards of whole
-    completions. A completion that has ended is worth its reward.
+    this beginning and the others of the group, the share that least squares over the *other* groups finds in the
+    rewards of whole completions. So what a completion is credited with does not hang on its own fit. A completion that
+    has ended is worth its reward.
     """
-    if not groups or any(group.beginnings is None for group in groups):
+    if all(group.beginnings is None for group in groups):
         return list(groups)
-    shares = [least_squares(*column) for column in columns(groups)]
-    return [replace(group, gains=gains(group, torch.tensor(shares))) for group in groups]
+    sums = torch.stack([products(group) for group in groups])
+    of_all = sums.sum(dim=0)
+    both, square = (of_all - sums).unbind(dim=1)
+    some = square > ROUNDING * of_all[1]
+    shares = torch.where(some, both / square.where(some, torch.ones_like(square)), 0.0)
+    return [replace(group, gains=gains(group, share)) for group, share in zip(groups, shares, strict=True)]
 
 
-def columns(groups: Sequence[Scored]) -> list[tuple[Float[Tensor, " N"], Float[Tensor, " N"]]]:
-    """For each number of stretches: rewards of beginnings and of whole completions, both less their group's mean."""
-    ended = torch.cat([values(group).isnan() for group in groups])
-    early = torch.cat([centred(worth(group)) for group in groups])
-    late = torch.cat([centred(rewards(group)) for group in groups])
-    return [(early[~ended[:, k], k], late[~ended[:, k]]) for k in range(early.shape[1])]
-
-
-def least_squares(x: Float[Tensor, " N"], y: Float[Tensor, " N"]) -> float:
-    """The factor of x that comes closest to y; 0 where x never differs."""
-    square = float(x.square().sum())
-    return float((x * y).sum()) / square if square > 0 else 0.0
+def products(group: Scored) -> Float[Tensor, "2 K"]:
+    """Of the completions that go on after k stretches, sums of early * late and of early^2, each less its mean."""
+    open_still, early = going_on(group), known_so_far(group).double()
+    late = centred(rewards(group).double()[:, None].expand_as(early), open_still)
+    return torch.stack([(early * late).sum(dim=0), early.square().sum(dim=0)])
 
 
 def gains(group: Scored, shares: Float[Tensor, " K"]) -> Float[Tensor, "G C"]:
     """What each stretch changed in the reward that was to be expected."""
-    reward = rewards(group)
-    expected = reward.mean() + shares.to(reward) * centred(worth(group))
-    expected = torch.where(values(group).isnan(), reward[:, None], expected)
+    reward, early = rewards(group), known_so_far(group)
+    expected = torch.where(going_on(group), reward.mean() + shares.to(reward) * early, reward[:, None])
     before = torch.cat([reward.mean().expand(len(reward), 1), expected], dim=1)
     after = torch.cat([expected, reward[:, None]], dim=1)
     return after - before
 
 
-def worth(group: Scored) -> Float[Tensor, "G K"]:
-    """The reward of what is written by then: of a completion that has ended, the whole."""
-    return torch.where(values(group).isnan(), rewards(group)[:, None], values(group))
+def known_so_far(group: Scored) -> Float[Tensor, "G K"]:
+    """By how much the reward of a beginning differs from those of the group that go on as well."""
+    return centred(beginnings(group).nan_to_num(nan=0.0), going_on(group))
 
 
-def values(group: Scored) -> Float[Tensor, "G K"]:
-    assert group.beginnings is not None, "beginnings were scored"
+def centred(numbers: Float[Tensor, "G K"], counts: Bool[Tensor, "G K"]) -> Float[Tensor, "G K"]:
+    """Less the mean of those of the group that count; the others are 0."""
+    mean = (numbers * counts).sum(dim=0) / counts.sum(dim=0).clamp(min=1)
+    return (numbers - mean) * counts
+
+
+def going_on(group: Scored) -> Bool[Tensor, "G K"]:
+    """Which completions have not ended after so many stretches."""
+    return ~beginnings(group).isnan()
+
+
+def beginnings(group: Scored) -> Float[Tensor, "G K"]:
+    assert group.beginnings is not None, "the beginnings of all groups are scored, or of none"
     return group.beginnings.to(rewards(group))
 
 
@@ -68,6 +79,13 @@ def rewards(group: Scored) -> Float[Tensor, " G"]:
     return group.rewards
 
 
-def centred(numbers: Float[Tensor, "G *C"]) -> Float[Tensor, "G *C"]:
-    """Less the mean over the group."""
-    return numbers - numbers.mean(dim=0)
+def known_halfway(groups: Sequence[Scored]) -> float | None:
+    """Of the variance of rewards within groups, the share that was known after half of a completion's stretches."""
+    found = [(group.gains, 1 + going_on(group).sum(dim=1)) for group in groups if group.gains is not None]
+    if not found:
+        return None
+    whole = torch.cat([gains for gains, _ in found])
+    half = torch.cat([count for _, count in found]) // 2
+    later = torch.arange(whole.shape[1]) >= half[:, None]
+    variance = whole.sum(dim=1).square().sum()
+    return 1 - float((whole * later).sum(dim=1).square().sum() / variance) if variance else None

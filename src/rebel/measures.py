@@ -11,6 +11,7 @@ from torch import Tensor
 
 from rebel.algorithm import Fit, explained, rebel_loss
 from rebel.evaluate import length, mean
+from rebel.gains import known_halfway
 from rebel.rewards.groups import flat
 from rebel.types import OWN, Completion, Scored
 
@@ -25,6 +26,7 @@ def of_draws(groups: Sequence[Scored], kept: Sequence[Scored]) -> Measures:
     completions = [c for group in groups for c in group.rollout.completions]
     standings = torch.cat([standing(group) for group in groups])
     used = sum(len(group.rollout.completions) for group in kept)
+    known = known_halfway(kept)
     sources = {c.source for c in completions}
     found = {source: of_source(source, completions, standings) for source in sorted(sources)}
     apart = {f"{s}/{name}": x for s, own in found.items() for name, x in own.items()} if len(found) > 1 else {}
@@ -34,7 +36,7 @@ def of_draws(groups: Sequence[Scored], kept: Sequence[Scored]) -> Measures:
         "reward_std": mean(float(standing(group).std()) for group in kept),
         **components(groups),
         "flat_groups": mean(float(flat(group)) for group in kept),
-        **known_halfway([group.gains for group in kept if group.gains is not None]),
+        **({} if known is None else {"known_halfway": known}),
         "dropped_completions": float(len(completions) - used),
         "failed_rewards": float(standings.isnan().sum()),
         "dropped_groups": float(len(groups) - len(kept)),
@@ -54,16 +56,6 @@ def of_source(source: str, completions: Sequence[Completion], standings: Float[T
         **(of_lengths if lengths.any() else {}),
         "unfinished": mean(float(not completions[k].finished) for k in chosen),
     }
-
-
-def known_halfway(gains: Sequence[Float[Tensor, "G C"]]) -> Measures:
-    """The share of the variance of rewards within groups that the rewards of half completions explain."""
-    if not gains:
-        return {}
-    whole = torch.cat(list(gains))
-    open_still = whole[:, whole.shape[1] // 2 :].sum(dim=1).square().sum()
-    all_of_it = whole.sum(dim=1).square().sum()
-    return {"known_halfway": 1 - float(open_still / all_of_it)} if all_of_it else {}
 
 
 def log_ratios_of(groups: Sequence[Scored], log_ratios: Sequence[Tensor], name: str) -> Measures:

@@ -44,6 +44,7 @@ SHOWN = (
     "eta",
     "kl_per_iteration",
     "beta",
+    "credit",
     "pairing",
     "num_generations",
     "prompts_per_iteration",

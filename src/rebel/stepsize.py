@@ -30,7 +30,7 @@ class StepRule(Protocol):
         ...
 
     @property
-    def stretch(self) -> float:
+    def leeway(self) -> float:
         """How many times as far an iteration may be made to go to meet its goal."""
         ...
 
@@ -50,7 +50,7 @@ class GivenEta:
         return None
 
     @property
-    def stretch(self) -> float:
+    def leeway(self) -> float:
         return 1.0
 
 
@@ -76,5 +76,5 @@ class AutoEta:
         return self.kl if variance > 0 else None
 
     @property
-    def stretch(self) -> float:
+    def leeway(self) -> float:
         return 1.0 if self.beta else 4.0

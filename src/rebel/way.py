@@ -32,8 +32,8 @@ class Moved:
     kl: float | None = None
 
 
-def meet(learner: Learner, start: Departure, goal: float, stretch: float, groups: Sequence[Scored]) -> Moved:
-    """Scale the movement of the weights since `start`, by at most `stretch`, so that the policy moved by `goal` nats.
+def meet(learner: Learner, start: Departure, goal: float, leeway: float, groups: Sequence[Scored]) -> Moved:
+    """Scale the movement of the weights since `start`, by at most `leeway`, so that the policy moved by `goal` nats.
 
     The KL is that of whole next-token distributions at the places of completions drawn from pi_t. It is within a few
     per cent of that on fresh completions, where log-ratios of the completions trained on are twice too large.
@@ -42,7 +42,7 @@ def meet(learner: Learner, start: Departure, goal: float, stretch: float, groups
     scale, slope = 1.0, 2.0
     kl = divergence(learner, start, traces)
     for _ in range(TRIALS - 1):
-        wanted = min(stretch, scale * (goal / kl) ** (1 / slope)) if kl > 0 else scale
+        wanted = min(leeway, scale * (goal / kl) ** (1 / slope)) if kl > 0 else scale
         if abs(wanted / scale - 1) < CLOSE / 2:
             break
         learner.scale_way(start, wanted / scale)

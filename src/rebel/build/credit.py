@@ -27,7 +27,7 @@ def decided(config: RebelConfig, reward: Weighted | None) -> RebelConfig:
     if config.credit != "auto":
         return config
     whole = config.offline or config.from_rollouts or config.rounds or config.judge or config.pipeline_name_or_path
-    able = reward is not None and judge_beginnings(reward.rewards)
+    able = reward is not None and judge_beginnings(reward.rewards) and config.pairing != "extremes"
     return replace(config, credit="stretch" if able and not whole else "trajectory")
 
 

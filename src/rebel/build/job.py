@@ -105,7 +105,7 @@ def assembled(
     accelerator = build_accelerator(config)
     notes = Notes()
     judging = reward(notes)
-    given, config = config, decided(config, judging)
+    config = decided(config, judging)
     subject = subject_of(config, accelerator)
     iterations = iterations_of(config, subject.training)
     steps = iterations * config.steps_per_iteration * config.passes
@@ -116,7 +116,7 @@ def assembled(
     notes.trainer_state = trackers.state
     iterates = build_iterates(subject.model, config, iterations)
     recorder = Recorder(
-        given,
+        config,
         folder,
         terminal,
         trackers,
@@ -130,7 +130,7 @@ def assembled(
     recorder.round = parts.per_round
     run = build_run(config, mover, subject.reference, parts, recorder)
     plan = [*subject.plan(parts, iterations, mover.average > 0), *skipped_in_words(config)]
-    return Job(given, run, recorder, iterations, plan, parts)
+    return Job(config, run, recorder, iterations, plan, parts)
 
 
 def build_terminal(config: RebelConfig, iterations: int, main: bool) -> Terminal:

@@ -91,7 +91,7 @@ class Material:
             reward.check(seen)
         judge: Judge | None = judge_of_evaluation(config, notes, held)
         prompts = (self.training, held)
-        return online_parts(config, learner, reward, prompts, judge, iterates, say, notes.log_metric)
+        return online_parts(config, learner, reward, prompts, judge, iterates, say, notes)
 
     def plan(
         self, config: RebelConfig, parts: Parts, iterations: int, world: int, memory: Memory, shared: bool

@@ -23,6 +23,7 @@ from rebel.offline.collector import Recordings
 from rebel.pairing import all_pairs, best_against_worst, random_pairs
 from rebel.policies.causal_lm import CausalLM
 from rebel.rewards.beginnings import WithBeginnings
+from rebel.rewards.functions import Notes
 from rebel.rounds.collector import Say, unscored
 from rebel.samplers.hybrid import FromColumns, Hybrid
 from rebel.samplers.mixture import Mixture
@@ -31,9 +32,6 @@ from rebel.train import Collector, Evaluator
 from rebel.types import Judge, Pairing, Prompt, Reward, Sampler
 
 PAIRINGS: dict[str, Pairing] = {"all": all_pairs, "extremes": best_against_worst, "random": random_pairs}
-
-Note = Callable[[str, float], None]
-"""Takes a number down for the metrics of the iteration."""
 
 Prompts = tuple[Sequence[Prompt], Sequence[Prompt]]
 """Those to train on, and those to evaluate on."""
@@ -71,12 +69,12 @@ def online_parts(
     judge: Judge | None,
     iterates: Iterates | None,
     say: Say,
-    note: Note = lambda name, value: None,
+    notes: Notes,
 ) -> Parts:
     """Groups drawn from the policy, which is evaluated by the reward of what it draws."""
     policy = learner.policy
     assert isinstance(policy, CausalLM), "build_policy made it"
-    sampler = build_sampler(config, policy, learner.accelerator, prompts[0], note)
+    sampler = build_sampler(config, policy, learner.accelerator, prompts[0], notes.log_metric)
     source = build_source(config, learner, sampler, reward or unscored, prompts[0])
     # a sampler that draws for the next iteration has other things to do
     free = build_generate(config, policy, learner.accelerator) if config.one_step_ahead else sampler
@@ -84,15 +82,16 @@ def online_parts(
     rule = build_step_rule(config)
     if config.credit == "stretch":
         cut = policy.stretches
-        source = replace(source, reward=WithBeginnings(source.reward, policy.completion, cut.tokens, cut.count))
+        early = WithBeginnings(source.reward, policy.completion, cut.tokens, cut.count, notes.aside)
+        source = replace(source, reward=early)
     if in_rounds(config):
         rounds = build_rounds(config, source, prompts[0], PAIRINGS[config.pairing], policy, say)
         return Parts(rounds, evaluator, rule, notes=(in_words(config, rounds.size),), per_round=rounds.per_round)
-    notes = (*who_draws(config), *credit_in_words(config))
+    lines = (*who_draws(config), *credit_in_words(config))
     if config.data_completions:
         mixed, line = hybrid(sampler, prompts[0], config)
-        source, notes = replace(source, sampler=mixed), (*notes, line)
-    return Parts(build_collector(config, source, prompts[0]), evaluator, rule, notes=notes)
+        source, lines = replace(source, sampler=mixed), (*lines, line)
+    return Parts(build_collector(config, source, prompts[0]), evaluator, rule, notes=lines)
 
 
 def build_collector(config: RebelConfig, source: Source, prompts: Sequence[Prompt]) -> Collector:

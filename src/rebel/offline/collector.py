@@ -167,7 +167,7 @@ class EtaOfData:
         return None
 
     @property
-    def stretch(self) -> float:
+    def leeway(self) -> float:
         return 1.0
 
 

@@ -44,6 +44,7 @@ from rebel.policies.rows import (
 )
 from rebel.policies.sparing import Sparing
 from rebel.policies.unpadded import separable, unpadded
+from rebel.policies.wrapping import unwrapped
 from rebel.types import Completion, Content, Prompt, TokenTrace
 
 LanguageModel = PreTrainedModel | PeftModel
@@ -178,10 +179,7 @@ class CausalLM:
     @property
     def bare(self) -> Scorer:
         """The scorer without what wraps it for distribution."""
-        scorer: Any = self.scorer
-        while not isinstance(scorer, Scorer):
-            scorer = scorer.module
-        return scorer
+        return unwrapped(self.scorer, Scorer)
 
     @property
     def model(self) -> LanguageModel:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 
 import torch
@@ -24,11 +25,13 @@ class WithBeginnings:
     write: Write
     tokens: int
     count: int
+    aside: Callable[[], AbstractContextManager] = nullcontext
+    """Within it what a reward notes down is not kept: it is not about completions."""
 
     def __call__(self, rollouts: Sequence[Rollout[TokenTrace]]) -> list[Scored[TokenTrace]]:
         begun = [self.begun(rollout) for rollout in rollouts]
-        # before the whole completions, whose notes are to be the last
-        known = self.reward([early for early in begun if early.completions])
+        with self.aside():
+            known = self.reward([early for early in begun if early.completions])
         found = iter(known)
         early = [next(found) if rollout.completions else None for rollout in begun]
         return [
@@ -39,10 +42,10 @@ class WithBeginnings:
     def begun(self, rollout: Rollout[TokenTrace]) -> Rollout[TokenTrace]:
         """All the beginnings of a prompt's completions, one after the other."""
         traces = rollout.traces
-        cut = [(trace, trace.completion[: k * self.tokens]) for trace in traces for k in self.stretches(trace)]
+        cut = [(trace, trace.completion[: k * self.tokens]) for trace in traces for k in self.lengths(trace)]
         return Rollout(rollout.prompt, tuple(self.write(rollout.prompt, trace.prompt, ids) for trace, ids in cut))
 
-    def stretches(self, trace: TokenTrace) -> range:
+    def lengths(self, trace: TokenTrace) -> range:
         """How many stretches each beginning of a trace has: it is shorter than the whole."""
         return range(1, min(self.count, -(-len(trace.completion) // self.tokens)))
 
@@ -54,7 +57,7 @@ class WithBeginnings:
         table = torch.full((len(rollout.completions), self.count - 1), math.nan)
         rewards = iter(early.rewards.tolist() if early is not None and early.rewards is not None else ())
         for row, trace in zip(table, rollout.traces, strict=True):
-            for k in self.stretches(trace):
+            for k in self.lengths(trace):
                 value = next(rewards)
                 row[k - 1] = value if math.isfinite(value) else math.inf
         unknown = table.isinf()

@@ -8,7 +8,8 @@ import inspect
 import math
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any, SupportsFloat
@@ -58,6 +59,13 @@ class Notes:
     def log_metric(self, name: str, value: SupportsFloat) -> None:
         """Keep a number of this batch, until `take_metrics`."""
         self.metrics.setdefault(name, []).append(float(value))
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Within this context nothing that is written down is kept."""
+        columns, metrics = dict(self.columns), {name: list(values) for name, values in self.metrics.items()}
+        yield
+        self.columns, self.metrics = columns, metrics
 
     def take_metrics(self) -> dict[str, float]:
         """The mean of each number written down since the last call."""

@@ -96,7 +96,14 @@ def scaled(groups: Sequence[Scored], scale: Scale) -> list[Scored]:
         units = [_unit(values) for values in rewards]
     else:
         units = [_unit(torch.cat(rewards))] * len(rewards)
-    return [replace(scored, rewards=values / unit) for scored, values, unit in zip(groups, rewards, units, strict=True)]
+    return [
+        replace(
+            scored,
+            rewards=values / unit,
+            beginnings=None if scored.beginnings is None else scored.beginnings / unit,
+        )
+        for scored, values, unit in zip(groups, rewards, units, strict=True)
+    ]
 
 
 def _finished(scored: Scored) -> Bool[Tensor, " G"]:

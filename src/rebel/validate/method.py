@@ -38,6 +38,11 @@ def credit(config: RebelConfig) -> Complaints:
         return
     if config.pipeline_name_or_path:
         yield "--credit stretch is for stretches of text; for the steps of a pipeline use --credit step"
+    if config.pairing == "extremes":
+        yield (
+            f"{said(config, 'credit', 'pairing')}: who is best and worst is known at the end, which biases what "
+            "earlier stretches are credited with; use --pairing all, or --credit trajectory"
+        )
     for name in ("offline", "rounds", "from_rollouts", "judge"):
         if getattr(config, name):
             yield (
