@@ -23,6 +23,9 @@ Row = Mapping[str, Any]
 Point = tuple[float, float]
 OFF = "#8c96a0"
 COLOURS = {"rebel": "#1763a6", "grpo": "#c2571a", "rloo": "#4d8f3a"}
+STRETCHES = "#8a2f9e"
+FARTHEST = 30.0
+"""KL in nats beyond which the pictures show nothing: by then a story is one word over and over."""
 
 
 def name(run: Row) -> str:
@@ -31,7 +34,7 @@ def name(run: Row) -> str:
     parts = [run["method"].upper()]
     if run["method"] == "rebel":
         parts.append("eta 1e6 (off)" if s["eta"] == 1e6 else f"eta {s['eta']}")
-        parts += ["by stretches"] if s["credit"] in ("auto", "stretch") else []
+        parts += ["by stretches"] if by_stretches(run) else []
         parts += [f"KL held at {s['kl_per_iteration']:g}"] if s["kl_per_iteration"] else []
         parts += [f"average {s['average']:g}"] if s["average"] else []
         parts += ["clipped at 1"] if s["max_grad_norm"] == 1 else []
@@ -130,6 +133,17 @@ def duel(task: str, prompts: int) -> list[str]:
     return lines
 
 
+def colour(run: Row) -> str:
+    """Grey without the regression; credit by stretches apart from that to whole completions."""
+    if run["settings"].get("eta") == 1e6:
+        return OFF
+    return STRETCHES if by_stretches(run) else COLOURS[run["method"]]
+
+
+def by_stretches(run: Row) -> bool:
+    return run["settings"].get("credit") in ("auto", "stretch")
+
+
 def draw(task: str, prompts: int, beta: float, axes: Any) -> None:
     """Reward against KL on the left, against samples on the right; the exact optimum as the limit."""
     line = story.optimum_line(task)
@@ -137,8 +151,9 @@ def draw(task: str, prompts: int, beta: float, axes: Any) -> None:
     for number, (label, runs) in enumerate(grouped(task, prompts, beta).items()):
         samples = sorted({p["samples"] for run in runs for p in run["curve"]})
         points = [(s, fmean(p["kl"] for p in at(runs, s)), fmean(p["reward"] for p in at(runs, s))) for s in samples]
+        points = [point for point in points if point[1] <= FARTHEST]
         style = {
-            "color": OFF if runs[0]["settings"].get("eta") == 1e6 else COLOURS[runs[0]["method"]],
+            "color": colour(runs[0]),
             "ls": ["-", "--", ":", "-."][number % 4],
             "marker": ".",
             "lw": 1.3,
@@ -157,7 +172,7 @@ def main() -> None:
     figure, axes = plt.subplots(len(settings), 2, figsize=(11, 4.2 * len(settings)), squeeze=False)
     lines: list[str] = []
     for (task, prompts, beta), pair in zip(settings, axes, strict=True):
-        milestones = (1280, 2560, 5120) if beta else (320, 640, 1280)
+        milestones = (1280, 2560, 5120) if beta else (128, 320, 640, 1280)
         lines += [*table(task, prompts, beta, milestones), ""]
         lines += [] if beta else [*duel(task, prompts), ""]
         draw(task, prompts, beta, pair)
