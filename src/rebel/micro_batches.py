@@ -82,16 +82,26 @@ def fill(items: Sequence[Sequence[Any]], cost: Cost, budget: int) -> list[list[i
 
 
 def greedy(items: Sequence[Sequence[Any]], order: Sequence[int], cost: Cost, budget: int) -> list[list[int]]:
-    """Items in this order, each into the last batch if it still fits there."""
+    """Items in this order, in each batch as many of the next as fit."""
     batches: list[list[int]] = []
-    held: list[Any] = []
-    for i in order:
-        if not batches or cost([*held, *items[i]]) > budget:
-            batches.append([])
-            held = []
-        batches[-1].append(i)
-        held += items[i]
+    left = list(order)
+    while left:
+        count = most_that_fit([items[i] for i in left], cost, budget)
+        batches.append(left[:count])
+        left = left[count:]
     return batches
+
+
+def most_that_fit(items: Sequence[Sequence[Any]], cost: Cost, budget: int) -> int:
+    """How many of the first items fit together, at least one: found in few questions, for each costs its length."""
+    fit, beyond = 1, 2
+    while beyond <= len(items) and cost(joined(items[:beyond])) <= budget:
+        fit, beyond = beyond, 2 * beyond
+    beyond = min(beyond, len(items) + 1)
+    while beyond - fit > 1:
+        middle = (fit + beyond) // 2
+        fit, beyond = (middle, beyond) if cost(joined(items[:middle])) <= budget else (fit, middle)
+    return fit
 
 
 def joined(runs: Iterable[Sequence[Any]]) -> tuple[Any, ...]:
