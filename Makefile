@@ -44,3 +44,4 @@ lint: install
 
 types: install
 	$(BIN)/pyright
+	$(BIN)/pyright -p benchmarks

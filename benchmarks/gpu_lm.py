@@ -253,7 +253,7 @@ def rebel(
     accelerator = build_accelerator(config)
     model = a_model(size, device)
     policy = build_policy(with_adapter(model, config) if lora else model, a_tokenizer(size), config)
-    learner = build_learner(accelerator, policy, config, arguments, 100)
+    learner = build_learner(accelerator, policy, config, arguments, 100, config.tokens_per_micro_batch)
     groups = [
         Scored(
             Rollout(Prompt("x"), tuple(Completion("y", TokenTrace(tuple(prompt), tuple(c))) for c in completions)),

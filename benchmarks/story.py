@@ -119,9 +119,8 @@ def word_length(prompts: Sequence[str], completions: Sequence[str], **columns: A
     return [sum(map(len, found)) / max(len(found), 1) for found in words]
 
 
-for judge in (sentiment, word_length):
-    setattr(judge, "judges_beginnings", True)  # noqa: B010 - half a story has a sentiment, and words
-
+# half a story has a sentiment, and words
+sentiment.judges_beginnings = word_length.judges_beginnings = True  # pyright: ignore[reportFunctionMemberAccess]
 
 REWARDS: Mapping[str, RewardFunction] = {"sentiment": sentiment, "word_length": word_length}
 
@@ -139,7 +138,7 @@ def draw(
     batch = tokenizer(list(prompts), return_tensors="pt", padding=True)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        output = model.generate(
+        output = model.generate(  # pyright: ignore[reportCallIssue]
             input_ids=batch["input_ids"],
             attention_mask=batch["attention_mask"],
             do_sample=True,

@@ -1,4 +1,4 @@
-"""What of a trajectory is credited with its reward: all of it together, or each of its steps.
+"""What of a trajectory is credited with its reward: all of it together, or each of its steps or stretches.
 
 A credit makes the columns of a regression from the log-probabilities of the segments of traces, (N, S). Every segment
 counts once, in one column, so that the c of a column is that of each of its segments.
@@ -18,7 +18,8 @@ def trajectory(logp: Float[Tensor, "N S"]) -> Float[Tensor, " N"]:
 
 
 def step(logp: Float[Tensor, "N S"]) -> Float[Tensor, "N S"]:
-    """Every step of a trajectory has a regression of its own onto the same margins; eta still is that of the whole."""
+    """Every step of a trajectory has a regression of its own, onto the same margins if it has none of its own (as the
+    stretches of a text have, see `rebel.gains`); eta still is that of the whole."""
     return logp
 
 

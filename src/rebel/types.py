@@ -151,7 +151,7 @@ class Policy(Protocol[TraceIn]):
     def scorer(self) -> nn.Module: ...
 
     def log_prob(self, traces: Sequence[TraceIn]) -> Float[Tensor, "N S"]:
-        """Sums of log-probabilities in nats, one column for each segment of a trace (one for text)."""
+        """Sums of log-probabilities in nats, one column for each segment of a trace."""
         ...
 
     def backward(

@@ -64,8 +64,10 @@ class Notes:
     def aside(self) -> Iterator[None]:
         """Within this context nothing that is written down is kept."""
         columns, metrics = dict(self.columns), {name: list(values) for name, values in self.metrics.items()}
-        yield
-        self.columns, self.metrics = columns, metrics
+        try:
+            yield
+        finally:
+            self.columns, self.metrics = columns, metrics
 
     def take_metrics(self) -> dict[str, float]:
         """The mean of each number written down since the last call."""
