@@ -275,7 +275,7 @@ def rebel(
         learner.score(learner.policy.log_prob, traces)
 
     who = "rebel, packed" if in_one_row else "rebel"
-    layout = "a prompt once" if policy.shared_prefix else "a prompt for each completion"
+    layout = "a prompt once" if policy.layout.shares else "a prompt for each completion"
     for what, action in (("scoring", score), ("training", update)):
         with book.section(who, what) as found:
             found["layout"] = layout

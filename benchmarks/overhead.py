@@ -54,7 +54,7 @@ def measure(name: str) -> dict[str, Any]:
     from accelerate import Accelerator
 
     import rebel.train
-    from rebel.policies.causal_lm import Scorer
+    from rebel.policies.scorer import Scorer
     from rebel.rewards.combine import Weighted
     from rebel.samplers import generate, prefilled
 

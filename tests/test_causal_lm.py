@@ -24,19 +24,16 @@ from rebel.build import model as build_model
 from rebel.build.model import build_policy
 from rebel.config import RebelConfig
 from rebel.errors import RebelError
-from rebel.policies import causal_lm as module
+from rebel.policies import scorer as module
 from rebel.policies import unpadded
-from rebel.policies.causal_lm import (
-    CausalLM,
-    causal_lm,
-    check_head,
-    footprint_of,
-    packs,
-)
+from rebel.policies.causal_lm import CausalLM, causal_lm, footprint_of
 from rebel.policies.footprint import Load, footprint
+from rebel.policies.layouts import Apart, Flex, Layout, NoPadding, PromptOnce
+from rebel.policies.packed import Packed
 from rebel.policies.references import frozen_copy, initial_adapter, without_adapter
-from rebel.policies.rows import Packed, Padded, SharedPrefix, padded
+from rebel.policies.rows import Padded, SharedPrefix, padded
 from rebel.policies.sparing import recomputable
+from rebel.policies.trial import check_head, packs
 from rebel.policies.unpadded import Unpadded
 from rebel.types import LogProb, Policy, Prompt, TokenTrace
 
@@ -242,12 +239,12 @@ def gradients(policy: CausalLM, traces: list[TokenTrace]) -> tuple[Tensor, dict[
 def test_a_shared_prompt_changes_neither_values_nor_gradients(kind: str) -> None:
     # in double too, transformers' norms and rotations are in fp32
     for policy, tolerance in ((tiny.policy(kind, 0.7), 1e-5), (in_double(kind, 0.7), 1e-6)):
-        assert policy.shared_prefix, "the architecture can go on from one pass over a prompt"
-        policy = replace(policy, unpadded=False)
+        assert policy.layout.shares, "the architecture can go on from one pass over a prompt"
+        policy = replace(policy, layout=PromptOnce())
         traces = families()
         assert isinstance(policy.rows(traces), SharedPrefix)
         logp, gradient = gradients(policy, traces)
-        apart, expected = gradients(replace(policy, shared_prefix=False), traces)
+        apart, expected = gradients(replace(policy, layout=Apart()), traces)
         torch.testing.assert_close(logp, apart, rtol=tolerance, atol=10 * tolerance)
         assert gradient.keys() == expected.keys()
         for name, value in expected.items():
@@ -266,12 +263,12 @@ def test_one_row_without_padding_changes_neither_values_nor_gradients(
     long = [TokenTrace(tiny.trace(20, 1).prompt, tiny.trace(1, count, seed=count).completion) for count in (2, 3)]
     traces = [*long, *families(), *tiny.traces(), TokenTrace((5,), (7,)), tiny.trace(3, 5, mask=(False,) * 5)]
     for policy, tolerance in ((tiny.policy(kind, 0.7), 1e-5), (in_double(kind, 0.7), 1e-6)):
-        assert policy.unpadded, "it is what there is on a CPU"
-        plain_rows = replace(policy, shared_prefix=False, unpadded=False)
+        assert isinstance(policy.layout, NoPadding), "it is what there is on a CPU"
+        plain_rows = replace(policy, layout=Apart())
         assert isinstance(plain_rows.rows(traces), Padded)
         apart, expected = gradients(plain_rows, traces)
-        for shared in (False, True):
-            one_row = replace(policy, shared_prefix=shared)
+        for rows in (Apart(), PromptOnce()):
+            one_row = replace(policy, layout=NoPadding(rows))
             assert isinstance(one_row.rows(traces), Unpadded)
             logp, gradient = gradients(one_row, traces)
             torch.testing.assert_close(logp, apart, rtol=tolerance, atol=2 * tolerance)
@@ -288,11 +285,11 @@ def test_no_padding_goes_through_the_model() -> None:
     traces = families()
     prompts, completions = 9 + 2 + 5, sum(len(trace.completion) - 1 for trace in traces)
     policy.log_prob(traces)
-    assert seen == [prompts + completions] == [policy.load(traces).tokens]
-    assert policy.load(traces).copied == sum(len(trace.prompt) for trace in traces)
-    apart = replace(policy, shared_prefix=False)
+    assert seen == [prompts + completions] == [policy.layout.load(traces).tokens]
+    assert policy.layout.load(traces).copied == sum(len(trace.prompt) for trace in traces)
+    apart = replace(policy, layout=NoPadding(Apart()))
     apart.log_prob(traces)
-    assert seen[1] == sum(len(trace) - 1 for trace in traces) == apart.load(traces).tokens
+    assert seen[1] == sum(len(trace) - 1 for trace in traces) == apart.layout.load(traces).tokens
 
 
 def test_stretches_are_of_like_length_and_have_every_token_once() -> None:
@@ -308,14 +305,19 @@ def test_stretches_are_of_like_length_and_have_every_token_once() -> None:
 def test_models_whose_attention_cannot_be_taken_apart_have_their_rows_padded(monkeypatch: pytest.MonkeyPatch) -> None:
     eager = tiny.model()
     eager.set_attn_implementation("eager")
-    assert not causal_lm(eager, tiny.tokenizer()).unpadded
+    assert causal_lm(eager, tiny.tokenizer()).layout == PromptOnce()
     chunked = tiny.model()
     chunked.config.layer_types = ["chunked_attention", "full_attention"]
-    assert not causal_lm(chunked, tiny.tokenizer()).unpadded
+    assert not isinstance(causal_lm(chunked, tiny.tokenizer()).layout, NoPadding)
     monkeypatch.setattr(unpadded.Block, "mask", lambda *_: None)
-    assert not tiny.policy().unpadded, "a prompt that is not seen is noticed"
+    assert tiny.policy().layout == PromptOnce(), "a prompt that is not seen is noticed"
     monkeypatch.setattr(unpadded.Block, "mask", lambda *_: 1 / 0)
     assert isinstance(tiny.policy().rows(families()), SharedPrefix)
+
+
+def test_a_prompt_is_computed_anew_for_each_completion_if_that_is_asked_for() -> None:
+    policy = build_policy(tiny.model(), tiny.tokenizer(), RebelConfig(shared_prefix=False))
+    assert policy.layout == NoPadding(Apart())
 
 
 def dense_attention(query: Tensor, key: Tensor, value: Tensor, **how: Any) -> Tensor:
@@ -330,13 +332,13 @@ def dense_attention(query: Tensor, key: Tensor, value: Tensor, **how: Any) -> Te
 def test_packed_into_one_row_nothing_changes(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(flex_attention.WrappedFlexAttention, "__call__", lambda self: dense_attention)
     policy = in_double(kind, 0.7)
-    assert packs(policy)
+    assert packs(policy.bare)
     traces = [*families(), TokenTrace(families()[1].prompt, tiny.trace(1, 3).completion, (False, False, False))]
-    one_row = replace(policy, packed=True)
+    one_row = replace(policy, layout=Flex())
     assert isinstance(one_row.rows(traces), Packed)
-    assert one_row.load(traces).tokens == 16 + sum(len(trace.completion) for trace in traces), "no padding"
+    assert one_row.layout.load(traces).tokens == 16 + sum(len(trace.completion) for trace in traces), "no padding"
     logp, gradient = gradients(one_row, traces)
-    apart, expected = gradients(replace(policy, shared_prefix=False), traces)
+    apart, expected = gradients(replace(policy, layout=Apart()), traces)
     torch.testing.assert_close(logp, apart, rtol=1e-6, atol=1e-5)
     for name, value in expected.items():
         assert (gradient[name] - value).norm() <= 1e-6 * max(value.norm(), 1.0), name
@@ -348,7 +350,7 @@ def test_windows_of_attention_and_models_that_take_no_blocks_are_not_packed(
     kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(flex_attention.WrappedFlexAttention, "__call__", lambda self: dense_attention)
-    assert not packs(tiny.policy(kind))
+    assert not packs(tiny.policy(kind).bare)
 
 
 def test_flex_attention_without_a_gpu_is_refused() -> None:
@@ -357,21 +359,23 @@ def test_flex_attention_without_a_gpu_is_refused() -> None:
 
 
 def test_a_shared_prompt_goes_through_the_model_once() -> None:
-    policy = replace(tiny.policy(), unpadded=False)
+    policy = replace(tiny.policy(), layout=PromptOnce())
     seen: list[int] = []
     policy.bare.causal.get_input_embeddings().register_forward_hook(lambda m, i, o: seen.append(i[0].numel()))
     traces = [TokenTrace(tuple(range(10, 22)), (5, 6, 7 + k)) for k in range(8)]
     policy.log_prob(traces)
     assert seen == [12, 8 * 2], "the prompt, and all but the last token of every completion"
-    assert policy.load(traces) == Load(tokens=12 + 8 * 3, copied=8 * 12, pairs=8 * 3 * 15, written=8 * 3)
-    assert policy.load([tiny.trace(2, 9), tiny.trace(7, 3, seed=1)]).tokens == 22, "nothing to share: padded rows"
+    assert policy.layout.load(traces) == Load(tokens=12 + 8 * 3, copied=8 * 12, pairs=8 * 3 * 15, written=8 * 3)
+    assert policy.layout.load([tiny.trace(2, 9), tiny.trace(7, 3, seed=1)]).tokens == 22, (
+        "nothing to share: padded rows"
+    )
 
 
 def test_divergence_does_not_depend_on_the_layout() -> None:
     policy = with_lora(in_double("llama", 0.7))
     before = [weight.detach().clone() for weight in policy.scorer.parameters() if weight.requires_grad]
     train_a_little(policy)
-    apart = replace(policy, shared_prefix=False).divergence(families(), before)
+    apart = replace(policy, layout=Apart()).divergence(families(), before)
     assert apart.min() > 1e-4
     torch.testing.assert_close(policy.divergence(families(), before), apart, rtol=1e-8, atol=1e-10)
 
@@ -381,14 +385,13 @@ def test_a_model_that_cannot_share_a_prompt_computes_whole_rows(monkeypatch: pyt
         return right(self._replace(real=torch.ones_like(self.real)), *given)
 
     right = SharedPrefix.after_prompts
-    assert tiny.policy().shared_prefix
+    assert tiny.policy().layout == NoPadding(PromptOnce())
     monkeypatch.setattr(SharedPrefix, "after_prompts", wrong)
-    assert not tiny.policy().shared_prefix, "padding that is attended to is noticed"
+    assert tiny.policy().layout == NoPadding(Apart()), "padding that is attended to is noticed"
     monkeypatch.setattr(SharedPrefix, "after_prompts", lambda *_: 1 / 0)
     policy = tiny.policy()
-    assert not policy.shared_prefix
-    assert isinstance(replace(policy, unpadded=False).rows(families()), Padded)
-    assert policy.load(families()).copied == 0
+    assert policy.layout == NoPadding(Apart())
+    assert policy.layout.load(families()).copied == 0
 
 
 # -- what models and tokenizers there are --------------------------------------------------------------------------
@@ -401,8 +404,7 @@ def test_it_is_a_policy_and_costs_tokens() -> None:
     logits = 3 * VOCABULARY / kept
     assert policy.cost([tiny.trace(4, 6)]) == int(9 + 6 * logits)
     assert policy.cost([tiny.trace(4, 6), tiny.trace(2, 9)]) == int(19 + 15 * logits), "the last tokens are not read"
-    rows = replace(policy, unpadded=False)
-    rows = replace(rows, footprint=footprint_of(rows))
+    rows = replace(policy, layout=PromptOnce(), footprint=footprint_of(policy.bare, PromptOnce()))
     assert rows.cost([tiny.trace(4, 6), tiny.trace(2, 9)]) == int(22 + 15 * logits), "two rows, padded to the longer"
     shared = [TokenTrace(tuple(range(10, 22)), (5, 6, 7 + k)) for k in range(8)]
     copies, pairs = 8 * 12 * 2 * 2 * 16 / kept, 8 * 2 * 14 / kept
@@ -446,7 +448,7 @@ def test_a_small_scale_of_small_logits_is_refused_too() -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_models_as_they_are_pass_the_check(kind: str) -> None:
     for policy in (tiny.policy(kind), causal_lm(tiny.model(kind).bfloat16(), tiny.tokenizer(), 0.5)):
-        check_head(policy)
+        check_head(policy.bare)
 
 
 @pytest.mark.parametrize(
@@ -507,9 +509,9 @@ def test_dropout_is_off_also_where_gradients_are_taken(kind: str, checkpointing:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("lora", [False, True])
-@pytest.mark.parametrize(("shared", "without_padding"), [(False, False), (True, False), (True, True)])
+@pytest.mark.parametrize("layout", [Apart(), PromptOnce(), NoPadding(PromptOnce())], ids=str)
 def test_gradient_checkpointing_recomputes_every_layer_and_changes_no_gradient(
-    kind: str, lora: bool, shared: bool, without_padding: bool
+    kind: str, lora: bool, layout: Layout
 ) -> None:
     found, calls, kept = [], [], []
     for checkpointing in (False, True):
@@ -518,10 +520,9 @@ def test_gradient_checkpointing_recomputes_every_layer_and_changes_no_gradient(
         policy = build_policy(
             policy.model,
             policy.tokenizer,
-            RebelConfig(gradient_checkpointing=checkpointing, shared_prefix=shared),
+            RebelConfig(gradient_checkpointing=checkpointing),
         )
-        assert policy.shared_prefix == shared
-        policy = replace(policy, unpadded=without_padding)
+        policy = replace(policy, layout=layout)
         seen: list[int] = []
         layers = recomputable(policy.model)
         assert len(layers) == 2
@@ -535,7 +536,7 @@ def test_gradient_checkpointing_recomputes_every_layer_and_changes_no_gradient(
         calls.append(len(seen))
         kept.append(sum(sizes))
         assert not any(m.training or "forward" in vars(m) for m in policy.model.modules()), "as it was before"
-    passes = 2 if shared and not without_padding else 1  # over the prompts, and over what follows them
+    passes = 2 if layout == PromptOnce() else 1  # over the prompts, and over what follows them
     assert calls == [2 * passes, 4 * passes]
     assert kept[1] < 0.6 * kept[0], "little is kept"
     torch.testing.assert_close(found[1], found[0], rtol=1e-10, atol=1e-10)

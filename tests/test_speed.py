@@ -22,9 +22,11 @@ from transformers import LlamaConfig
 from rebel.checkpoint import Progress
 from rebel.errors import RebelError
 from rebel.learner import Learner, learner
-from rebel.policies import causal_lm as module
-from rebel.policies.causal_lm import Scorer, causal_lm
+from rebel.policies import scorer as module
+from rebel.policies import trial
+from rebel.policies.causal_lm import causal_lm
 from rebel.policies.rows import Rows, Stretches
+from rebel.policies.scorer import Scorer
 from rebel.samplers.prefilled import Prefilled, RoomyLayer
 from rebel.train import iterate
 
@@ -203,5 +205,5 @@ def test_a_micro_batch_too_small_for_one_completion_is_refused_before_any_work(t
 def test_a_model_that_cannot_share_a_prompt_says_so_in_the_plan(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "shares_prefix", lambda policy: False)
+    monkeypatch.setattr(trial, "shares_prefix", lambda scorer: False)
     assert "a prompt anew for each completion (this model cannot share it)" in "\n".join(tiny.job(tmp_path).plan)

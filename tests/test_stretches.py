@@ -22,6 +22,7 @@ from rebel.config import RebelConfig
 from rebel.errors import RebelError
 from rebel.gains import credited, known_halfway
 from rebel.pairing import all_pairs, best_against_worst
+from rebel.policies.layouts import Apart, Layout, NoPadding, PromptOnce
 from rebel.policies.rows import Stretches
 from rebel.rewards.beginnings import WithBeginnings
 from rebel.rewards.combine import Weighted
@@ -312,9 +313,9 @@ def test_completions_of_one_stretch_and_beginnings_without_a_value() -> None:
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
-@pytest.mark.parametrize("shared", [True, False])
-def test_the_columns_are_the_tokens_of_each_stretch(kind: str, shared: bool) -> None:
-    policy = replace(tiny.policy(kind), shared_prefix=shared)
+@pytest.mark.parametrize("layout", [Apart(), PromptOnce(), NoPadding(Apart()), NoPadding(PromptOnce())], ids=str)
+def test_the_columns_are_the_tokens_of_each_stretch(kind: str, layout: Layout) -> None:
+    policy = replace(tiny.policy(kind), layout=layout)
     traces = [
         TokenTrace((5, 6), (7, 8, 9, 10, 11)),
         TokenTrace((5, 6), (12,)),

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from rebel.config import RebelConfig
-from rebel.policies.causal_lm import LanguageModel, most_logits
 from rebel.policies.footprint import kept_of_token
+from rebel.policies.scorer import LanguageModel, most_logits
 from rebel.stepsize import REACH
 
 GIB = 2**30

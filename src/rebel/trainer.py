@@ -25,7 +25,8 @@ from rebel.data import prompts_of
 from rebel.errors import RebelError
 from rebel.from_trl import translate_batch
 from rebel.job import carry_out, push
-from rebel.policies.causal_lm import CausalLM, LanguageModel
+from rebel.policies.causal_lm import CausalLM
+from rebel.policies.scorer import LanguageModel
 from rebel.record import checkpoint_to_resume, claim_folder
 from rebel.rounds.rollouts import Prompts
 from rebel.settings import resolve

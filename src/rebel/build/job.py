@@ -26,7 +26,7 @@ from rebel.fit import Regression
 from rebel.iterates import FOLDER as ITERATES
 from rebel.iterates import Iterates
 from rebel.learner import Learner
-from rebel.policies.causal_lm import LanguageModel
+from rebel.policies.scorer import LanguageModel
 from rebel.ppo_clip import ppo_clip
 from rebel.record import Recorder
 from rebel.report import Terminal

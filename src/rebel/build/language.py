@@ -25,7 +25,8 @@ from rebel.learner import Learner
 from rebel.model_card import model_card
 from rebel.offline.recorded import Groups
 from rebel.plan import Memory, describe, estimate, layout_in_words
-from rebel.policies.causal_lm import CausalLM, LanguageModel
+from rebel.policies.causal_lm import CausalLM
+from rebel.policies.scorer import LanguageModel
 from rebel.rewards.combine import Weighted
 from rebel.rewards.functions import Notes
 from rebel.rounds.rollouts import Prompts
@@ -47,7 +48,7 @@ def language_model(
 
     def plan(parts: Parts, iterations: int, averages: bool) -> list[str]:
         memory = estimate(policy.model, config, reference_is_copy(reference, policy, config), averages)
-        lines = material.plan(config, parts, iterations, accelerator.num_processes, memory, policy.shared_prefix)
+        lines = material.plan(config, parts, iterations, accelerator.num_processes, memory, policy.layout.shares)
         return [*lines, *parts.notes, *material.notes]
 
     return Subject(

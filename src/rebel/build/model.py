@@ -29,15 +29,12 @@ from rebel.build.credit import stretches_of
 from rebel.config import RebelConfig
 from rebel.errors import RebelError
 from rebel.loading import loaded
-from rebel.policies.causal_lm import (
-    CausalLM,
-    LanguageModel,
-    causal_lm,
-    footprint_of,
-    packs,
-)
+from rebel.policies.causal_lm import CausalLM, causal_lm, footprint_of
+from rebel.policies.layouts import Layout
 from rebel.policies.references import frozen_copy, initial_adapter, without_adapter
+from rebel.policies.scorer import LanguageModel
 from rebel.policies.sparing import Sparing, all_of, offloading, recomputable, recomputing
+from rebel.policies.trial import flex
 from rebel.types import LogProb
 
 PACKED = "flex_attention"
@@ -99,23 +96,29 @@ def with_adapter(model: PreTrainedModel, config: RebelConfig, lora: PeftConfig |
 
 
 def build_policy(model: LanguageModel, tokenizer: PreTrainedTokenizerBase, config: RebelConfig) -> CausalLM:
-    policy = causal_lm(model, tokenizer, config.temperature, config.chat_template_kwargs)
-    shared = policy.shared_prefix and config.shared_prefix
-    packed = config.attn_implementation == PACKED
-    if packed and not (config.shared_prefix and policy.device.type == "cuda" and packs(policy)):
+    policy = causal_lm(model, tokenizer, config.temperature, config.chat_template_kwargs, config.shared_prefix)
+    layout = build_layout(policy, config)
+    return replace(
+        policy,
+        layout=layout,
+        footprint=footprint_of(policy.bare, layout, recomputed=config.gradient_checkpointing),
+        sparing=build_sparing(model, config),
+        stretches=stretches_of(config),
+    )
+
+
+def build_layout(policy: CausalLM, config: RebelConfig) -> Layout:
+    """How traces go through the model: as it was found, or packed if that is asked for."""
+    if config.attn_implementation != PACKED:
+        return policy.layout
+    packed = flex(policy.bare) if config.shared_prefix else None
+    if packed is None:
         raise RebelError(
             f"--attn_implementation {PACKED} packs prompts and their completions into one row: that takes a GPU, "
             "--shared_prefix, and a model that transformers can give this attention and whose own has no windows; "
             "leave it out"
         )
-    policy = replace(
-        policy,
-        shared_prefix=shared,
-        packed=packed,
-        sparing=build_sparing(model, config),
-        stretches=stretches_of(config),
-    )
-    return replace(policy, footprint=footprint_of(policy, recomputed=config.gradient_checkpointing))
+    return packed
 
 
 def build_sparing(model: LanguageModel, config: RebelConfig) -> Sparing:

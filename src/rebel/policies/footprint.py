@@ -2,17 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, NamedTuple
-
-from rebel.policies.rows import families, shares, tokens_apart, tokens_shared
-from rebel.types import TokenTrace
 
 USUAL = 8192
 """Tokens in a micro-batch, if nobody says otherwise."""
-
-WORTH = 0.05
-"""The share of padding below which padded rows are faster."""
 
 
 class Load(NamedTuple):
@@ -57,44 +50,3 @@ def footprint(shape: Any, most_logits: int, recomputed: bool = False, masks: int
     copied = 0.0 if recomputed else 2 * layers * width / whole  # copies are made again, too
     logits = min(shape.vocab_size, most_logits / USUAL)
     return Footprint(copied, masks / whole, 3 * logits / whole)
-
-
-def written(traces: Sequence[TokenTrace]) -> int:
-    return sum(map(sum, (trace.written for trace in traces)))
-
-
-def load_apart(traces: Sequence[TokenTrace]) -> Load:
-    """Of rows padded to the longest."""
-    return Load(tokens_apart(traces), 0, 0, written(traces))
-
-
-def load_shared(traces: Sequence[TokenTrace]) -> Load:
-    """Of prompts that are padded to the longest of them, and completions likewise."""
-    copied = len(traces) * max(len(trace.prompt) for trace in traces)
-    longest = max(len(trace.completion) for trace in traces)
-    return Load(tokens_shared(traces), copied, longest * (copied + len(traces) * longest), written(traces))
-
-
-def load_packed(traces: Sequence[TokenTrace]) -> Load:
-    """Of one row of prompts and completions."""
-    tokens = sum(map(len, families(traces))) + sum(len(trace.completion) for trace in traces)
-    return Load(tokens, 0, 0, written(traces))
-
-
-def saves(traces: Sequence[TokenTrace], share: bool) -> bool:
-    """Whether so much of these traces would be padding that one row without it is faster."""
-    rows = load_shared(traces) if share and shares(traces) else load_apart(traces)
-    last = len(traces)  # tokens that one row leaves out
-    return load_unpadded(traces, share).tokens + last < (1 - WORTH) * rows.tokens
-
-
-def load_unpadded(traces: Sequence[TokenTrace], share: bool) -> Load:
-    """Of one row, as `unpadded` makes it."""
-    tokens = copied = pairs = 0
-    for prompt, members in families(traces).items():
-        shared = share and len(members) > 1
-        lengths = [len(traces[k].completion) - 1 for k in members]
-        tokens += sum(lengths) + len(prompt) * (1 if shared else len(members))
-        copied += len(prompt) * len(members) * shared
-        pairs += sum(length * (len(prompt) + length) for length in lengths) * shared
-    return Load(tokens, copied, pairs, written(traces))

@@ -10,7 +10,8 @@ from peft import PeftModel
 from torch import Tensor
 from trl.trainer.utils import use_adapter
 
-from rebel.policies.causal_lm import CausalLM, Scorer, disable_dropout
+from rebel.policies.causal_lm import CausalLM, disable_dropout
+from rebel.policies.scorer import Scorer
 from rebel.types import LogProb, TokenTrace
 
 
