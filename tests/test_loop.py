@@ -148,6 +148,19 @@ def test_crashed_beyond_its_checkpoint_and_resumed(whole: Job, tmp_path: Path) -
     assert_same(tiny.trained(tmp_path, resume=True, reward=noisy), whole)
 
 
+def test_a_finished_run_goes_on_beyond_its_end(whole: Job, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    seeded(0)
+    tiny.trained(tmp_path, reward=noisy, iterations=2, save_steps=100)
+    assert [found.name for found in checkpoint.all_checkpoints(tmp_path)] == ["checkpoint-6"]
+    tiny.trained(tmp_path, resume=True, reward=noisy, iterations=2)
+    assert "all 2 iterations of this run are done; to go on, ask for more" in capsys.readouterr().out
+    seeded(99)
+    assert_same(tiny.trained(tmp_path, resume=True, reward=noisy), whole)
+    assert not checkpoint.all_checkpoints(tiny.trained(tmp_path / "none", save_strategy="no").recorder.folder), (
+        "not if none are wanted"
+    )
+
+
 @pytest.mark.parametrize("settings", [{}, {"save_strategy": "no", "tokens_per_micro_batch": 128}])
 def test_stopped_in_the_middle_of_sampling_and_resumed(
     whole: Job, tmp_path: Path, kill_at_chunk: Callable, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch

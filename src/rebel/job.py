@@ -59,6 +59,8 @@ def carry_out(job: Job, resume: Path | None = None) -> Progress:
     for check in job.parts.checks:
         check(run.learner)
     progress = load(resume, run.learner, fingerprint(job.config)) if resume else Progress()
+    if progress.iteration >= job.iterations:
+        recorder.terminal.say(f"all {progress.iteration} iterations of this run are done; to go on, ask for more")
     recorder.begin(progress, job.iterations * run.regression.steps * run.regression.passes)
     try:
         with recorder.heeding_signals():
@@ -73,6 +75,8 @@ def carry_out(job: Job, resume: Path | None = None) -> Progress:
         recorder.checkpoint(progress)
         finish(recorder)
         raise RunStopped(f"{recorder.signalled} after iteration {progress.iteration}. {how_to_resume(job)}")
+    if job.config.save_strategy == "steps":  # as transformers does, so that a run can go on beyond its end
+        recorder.checkpoint(progress)
     keep_result(job)
     finish(recorder)
     return progress
