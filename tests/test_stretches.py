@@ -285,6 +285,15 @@ def test_beginnings_are_what_stands_after_each_stretch_and_are_scored_in_one_cal
         torch.testing.assert_close(group.beginnings, table, equal_nan=True)
 
 
+def test_beginnings_of_text_in_several_parts_end_where_the_stretches_of_the_policy_do() -> None:
+    trace = TokenTrace((1, 2), (10, 11, 12, 13, 14, 15, 16), (True, False, False, True, True, False, True))
+    reward = WithBeginnings(Weighted([PerCompletion(lambda completions, **_: [0.0] * len(completions))]), write, 2, 4)
+    begun = reward.begun(Rollout(Prompt("x"), (Completion("7 long", trace),)))
+    assert [c.content for c in begun.completions] == ["4 of 10"], "10 and 13, with the two that are read between them"
+    stretch = Stretches(2, 4).of(torch.zeros(4, dtype=torch.long))
+    assert stretch.tolist() == [0, 0, 1, 1]
+
+
 def test_what_is_noted_of_beginnings_is_not_kept() -> None:
     notes = Notes()
 

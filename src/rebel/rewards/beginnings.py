@@ -19,7 +19,7 @@ Write = Callable[[Prompt, Sequence[int], Sequence[int]], Completion[TokenTrace]]
 
 @dataclass(frozen=True, slots=True)
 class WithBeginnings:
-    """A reward that also scores what stands after every `tokens` tokens of a completion, up to `count` stretches."""
+    """A reward that also scores what stands after every `tokens` tokens of the policy, up to `count` stretches."""
 
     reward: Reward
     write: Write
@@ -41,13 +41,13 @@ class WithBeginnings:
 
     def begun(self, rollout: Rollout[TokenTrace]) -> Rollout[TokenTrace]:
         """All the beginnings of a prompt's completions, one after the other."""
-        traces = rollout.traces
-        cut = [(trace, trace.completion[: k * self.tokens]) for trace in traces for k in self.lengths(trace)]
+        cut = [(trace, trace.completion[:end]) for trace in rollout.traces for end in self.ends(trace)]
         return Rollout(rollout.prompt, tuple(self.write(rollout.prompt, trace.prompt, ids) for trace, ids in cut))
 
-    def lengths(self, trace: TokenTrace) -> range:
-        """How many stretches each beginning of a trace has: it is shorter than the whole."""
-        return range(1, min(self.count, -(-len(trace.completion) // self.tokens)))
+    def ends(self, trace: TokenTrace) -> list[int]:
+        """Where the beginnings of a trace end: each with what the policy reads before it writes the next stretch."""
+        written = [place for place, own in enumerate(trace.written) if own]
+        return written[:: self.tokens][1 : self.count]
 
     def in_columns(self, rollout: Rollout[TokenTrace], early: Scored | None) -> Float[Tensor, "G K"]:
         """The rewards of the beginnings; NaN where the completion has ended by then.
@@ -57,9 +57,9 @@ class WithBeginnings:
         table = torch.full((len(rollout.completions), self.count - 1), math.nan)
         rewards = iter(early.rewards.tolist() if early is not None and early.rewards is not None else ())
         for row, trace in zip(table, rollout.traces, strict=True):
-            for k in self.lengths(trace):
+            for k, _ in enumerate(self.ends(trace)):
                 value = next(rewards)
-                row[k - 1] = value if math.isfinite(value) else math.inf
+                row[k] = value if math.isfinite(value) else math.inf
         unknown = table.isinf()
         others = table.masked_fill(unknown, math.nan).nanmean(dim=0).nan_to_num(nan=0.0)
         return torch.where(unknown, others, table)
