@@ -30,8 +30,8 @@ from PIL import Image
 
 from rebel.config import RebelConfig
 from rebel.job import quiet, run_training
-from rebel.record import METRICS
 from rebel.report import append_rows, read_rows
+from rebel.run_folder import METRICS
 from rebel.tasks.digits import RECIPE, prepare, settings
 from rebel.trackers import mosaic
 from rebel.validate import validate

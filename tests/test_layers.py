@@ -22,14 +22,14 @@ ORDER = """
     against measures way checkpoint collect evaluators fit
     train
     offline rounds
-    convert config from_trl settings validate model_card plan trackers signals loading record
+    convert config from_trl settings validate model_card plan trackers signals loading run_folder record
     build job rollout_job
     stages versus trainer tasks doctor cli __main__
 """
 """Modules and packages from the inside to the outside: each may import those before it, and no other."""
 
 SEE_CONFIG = """
-    from_trl settings validate model_card plan trackers record build job rollout_job versus trainer tasks
+    from_trl settings validate model_card plan trackers run_folder record build job rollout_job versus trainer tasks
 """
 """What is about settings, or puts a run together from them. The method, its parts and the loop are not."""
 

@@ -29,10 +29,10 @@ from rebel.build.job import Job, build_job
 from rebel.config import RebelConfig
 from rebel.job import carry_out
 from rebel.policies.causal_lm import CausalLM, causal_lm
-from rebel.record import checkpoint_to_resume, claim_folder
 from rebel.report import read_rows
 from rebel.rewards.combine import Weighted
 from rebel.rewards.functions import PerCompletion
+from rebel.run_folder import checkpoint_to_resume, claim_folder
 from rebel.types import Prompt, TokenTrace
 
 PAD, BOS, EOS, UNK = range(4)

@@ -41,9 +41,9 @@ from rebel.build.job import Job
 from rebel.build.pipeline import build_pipeline
 from rebel.config import RebelConfig
 from rebel.job import carry_out
-from rebel.record import checkpoint_to_resume, claim_folder
 from rebel.rewards.combine import Weighted
 from rebel.rewards.functions import PerCompletion
+from rebel.run_folder import checkpoint_to_resume, claim_folder
 from rebel.types import Prompt
 
 diffusers.utils.logging.set_verbosity_error()

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from rebel.errors import RebelError
 from rebel.learner import Learner
 
-PREFIX = "checkpoint-"
+PREFIX, TRAINED = "checkpoint-", "trained.safetensors"
 
 
 @dataclass(slots=True)
@@ -42,7 +42,7 @@ def save(folder: Path, learner: Learner, save_model: Any, progress: Progress, rn
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     save_model(partial)
-    save_file(tensors(learner.weights), partial / "trained.safetensors")
+    save_weights(learner.weights, partial)
     save_file(tensors(learner.averaged), partial / "averaged.safetensors")
     torch.save(
         {
@@ -64,7 +64,7 @@ def load(checkpoint: Path, learner: Learner, settings: str) -> Progress:
     progress = read_progress(checkpoint)
     if progress.settings != settings:
         raise RebelError(differing(checkpoint, progress.settings, settings))
-    restore(learner.weights, load_file(checkpoint / "trained.safetensors"))
+    load_weights(learner.weights, checkpoint)
     averaged = load_file(checkpoint / "averaged.safetensors")
     learner.averaged = [torch.empty_like(weight) for weight in learner.weights] if averaged else []
     restore(learner.averaged, averaged)
@@ -104,6 +104,16 @@ def prune(folder: Path, keep: int | None) -> None:
     """Delete all but the newest `keep` checkpoints."""
     for old in all_checkpoints(folder)[: -keep if keep else None] if keep else []:
         shutil.rmtree(old)
+
+
+def save_weights(weights: list[torch.Tensor], folder: Path) -> None:
+    """Write the trained weights, in full precision, beside a saved policy."""
+    save_file(tensors(weights), folder / TRAINED)
+
+
+def load_weights(weights: list[torch.Tensor], folder: Path) -> None:
+    """Put the trained weights back to what they were."""
+    restore(weights, load_file(folder / TRAINED))
 
 
 def tensors(weights: list[torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -301,9 +301,9 @@ class RebelConfig:
     load_best_model_at_end: bool = False
     """Save the policy of the best evaluation as the result."""
     metric_for_best_model: str | None = None
-    """The metric of the best evaluation. Unset: eval/reward, and eval/accuracy offline."""
-    greater_is_better: bool = True
-    """Whether a larger value is better."""
+    """The metric of the best evaluation, with or without eval_ before it. Unset: reward, and accuracy offline."""
+    greater_is_better: bool | None = None
+    """Whether a larger value is better. Unset: unless the name of the metric ends with loss."""
     resume_from_checkpoint: str | bool | None = None
     """A checkpoint folder, or true for the latest one in output_dir (--resume)."""
     report_to: list[str] = field(default_factory=lambda: ["none"])
@@ -341,5 +341,11 @@ class RebelConfig:
 
     @property
     def best_metric(self) -> str:
-        """metric_for_best_model, or what it is unset."""
-        return self.metric_for_best_model or ("eval/accuracy" if self.offline else "eval/reward")
+        """metric_for_best_model as the metrics of a run have it, or what it is unset."""
+        asked = self.metric_for_best_model or ("accuracy" if self.offline else "reward")
+        return "eval/" + asked.removeprefix("eval/").removeprefix("eval_")
+
+    @property
+    def larger_is_better(self) -> bool:
+        """greater_is_better, or what it is unset."""
+        return not self.best_metric.endswith("loss") if self.greater_is_better is None else self.greater_is_better

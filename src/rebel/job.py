@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import shutil
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -17,7 +16,7 @@ from rebel.build.job import Job, build_job
 from rebel.build.model import build_model, build_tokenizer
 from rebel.build.offline import Rows, build_rows
 from rebel.build.prompts import build_prompts
-from rebel.build.rewards import ANSWERS, JUDGED, reward_if_any
+from rebel.build.rewards import ANSWERS, reward_if_any
 from rebel.build.rounds import stored
 from rebel.build.subject import Data
 from rebel.checkpoint import Progress, all_checkpoints, load
@@ -27,21 +26,21 @@ from rebel.evaluate import text as text_of
 from rebel.iterates import FOLDER as ITERATES
 from rebel.iterates import Iterates
 from rebel.loading import load_policy
-from rebel.record import (
+from rebel.record import Recorder, fingerprint
+from rebel.report import write_report
+from rebel.rewards.functions import Notes, RewardFailed
+from rebel.rounds.rollouts import Prompts
+from rebel.run_folder import (
     BEST,
     FAILED,
+    JUDGED,
     METRICS,
     OPPONENTS,
     ROUNDS,
     SETTINGS,
-    Recorder,
     checkpoint_to_resume,
     claim_folder,
-    fingerprint,
 )
-from rebel.report import write_report
-from rebel.rewards.functions import Notes, RewardFailed
-from rebel.rounds.rollouts import Prompts
 from rebel.samplers.generate import Generate
 from rebel.samplers.mixture import Mixture
 from rebel.samplers.server import PREFIX as SENT
@@ -100,15 +99,11 @@ def how_to_resume(job: Job) -> str:
 
 
 def keep_result(job: Job) -> None:
-    """The tuned model in the output folder itself: the last iterate, or the best one evaluated."""
+    """The tuned model in memory and in the output folder itself: the last iterate, or the best one evaluated."""
     recorder = job.recorder
     recorder.learner.accelerator.wait_for_everyone()
-    if not recorder.main:
-        return
-    best = recorder.folder / BEST
-    if job.config.load_best_model_at_end and best.exists():
-        shutil.copytree(best, recorder.folder, dirs_exist_ok=True)
-    else:
+    recorder.go_back_to_best()
+    if recorder.main:
         recorder.save_model(recorder.folder)
 
 

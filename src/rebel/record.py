@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
+from statistics import fmean as mean
 from typing import Any
 
 import torch
@@ -17,25 +17,17 @@ from rebel.checkpoint import Progress
 from rebel.config import RebelConfig
 from rebel.errors import RebelError
 from rebel.evaluate import Evaluation, text
-from rebel.iterates import FOLDER as ITERATES
 from rebel.iterates import Iterates
 from rebel.learner import Learner
-from rebel.report import Terminal, append_rows, truncate_after
+from rebel.report import Terminal, append_rows, read_rows, truncate_after
 from rebel.rewards.functions import RewardFailed
-from rebel.samplers.server import PREFIX as SENT
+from rebel.run_folder import BEST, FAILED, IMAGES, METRICS, SAMPLES, SETTINGS
 from rebel.settings import dump
 from rebel.signals import heeding_signals
-from rebel.trackers import Trackers
+from rebel.trackers import Trackers, is_number
 
-METRICS, SAMPLES, SETTINGS, FAILED = "metrics.jsonl", "samples.jsonl", "config.yaml", "failed_reward.json"
-BEST, ROUNDS, IMAGES = "best", "rounds", "images"
 SMALL = 192
 """Pixels of the longer side of a picture's copy for the report."""
-
-OPPONENTS = "eval_opponents.jsonl"
-MODEL = ("config.json", "adapter_config.json", "model_index.json", "model.safetensors", "adapter_model.safetensors")
-"""Files by which a saved model is known, whoever made it."""
-LEFTOVERS = (METRICS, SAMPLES, SETTINGS, FAILED, "report.html", "opponents.jsonl")
 
 FREE = frozenset(
     [
@@ -93,54 +85,6 @@ def fingerprint(config: RebelConfig) -> str:
     return json.dumps(values, sort_keys=True, default=str)
 
 
-def claim_folder(config: RebelConfig, resume: bool) -> Path:
-    """The output folder, made if need be. One that holds another run is an error unless it is to be overwritten."""
-    folder = Path(config.output_dir)
-    if folder.exists() and not folder.is_dir():
-        raise RebelError(f"--output_dir {folder} is a file; name a folder")
-    model = config.model_name_or_path or config.pipeline_name_or_path
-    if model and folder.resolve() == Path(model).resolve():
-        raise RebelError(f"--output_dir {folder} is the model's own folder; the tuned model would replace it")
-    held = [name for name in (*LEFTOVERS, ROUNDS) if (folder / name).exists()] + checkpoint.all_checkpoints(folder)
-    if held and not resume:
-        if not config.overwrite_output_dir:
-            raise RebelError(
-                f"--output_dir {folder} holds another run: go on with it by --resume, replace it by "
-                "--overwrite_output_dir, or name another folder"
-            )
-        clear(folder)
-    model = [name for name in MODEL if (folder / name).exists()]
-    if model and not held:
-        raise RebelError(f"--output_dir {folder} holds a model that is not of `rebel train` ({model[0]}); name another")
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
-
-
-def clear(folder: Path) -> None:
-    """Delete what a run of rebel left, and nothing else."""
-    for name in (*LEFTOVERS, OPPONENTS, *MODEL):
-        (folder / name).unlink(missing_ok=True)
-    weights = folder.glob(f"{SENT}*")
-    kept = [folder / name for name in (BEST, ITERATES, ROUNDS, IMAGES)]
-    for old in [*checkpoint.all_checkpoints(folder), *kept, *weights]:
-        shutil.rmtree(old, ignore_errors=True)
-
-
-def checkpoint_to_resume(config: RebelConfig) -> Path | None:
-    """The checkpoint that --resume names: a folder, or the latest one of the output folder."""
-    asked = config.resume_from_checkpoint
-    if not asked:
-        return None
-    if asked is not True and str(asked).lower() not in ("true", "latest"):
-        if not Path(str(asked)).is_dir():
-            raise RebelError(f"--resume {asked}: there is no such folder")
-        return Path(str(asked))
-    found = checkpoint.all_checkpoints(Path(config.output_dir))
-    if not found:
-        raise RebelError(f"--resume: --output_dir {config.output_dir} has no checkpoint to go on from")
-    return found[-1]
-
-
 @dataclass
 class Recorder:
     """The hooks of a run in a folder. `round` is the number of iterations of a round, if there are rounds."""
@@ -161,6 +105,10 @@ class Recorder:
     saved: int = -1
     rng: dict[str, Any] = field(default_factory=dict)
     last: dict[str, Any] = field(default_factory=dict)
+    unseen: list[dict[str, Any]] = field(default_factory=list)
+    """Rows since the last that was logged."""
+    end: int = -1
+    """Optimiser steps of the whole run."""
 
     @property
     def main(self) -> bool:
@@ -175,20 +123,24 @@ class Recorder:
             if self.iterates:
                 self.iterates.begin(progress.iteration)
         self.evaluated = self.logged = self.saved = progress.step
+        self.end = steps
         self.rng = checkpoint.rng_state()
-        self.trackers.begin(progress.step, steps)
+        former = read_rows(self.folder / METRICS) if self.main and progress.step else []
+        self.trackers.begin(progress.step, steps, former, self.best_value(progress))
 
     def phase(self, name: str, total: int) -> AbstractContextManager:
         return self.terminal.phase(name, total)
 
     def iterated(self, progress: Progress) -> None:
-        """An iteration has ended: keep its policy if it is one of those of the mixture."""
+        """An iteration has ended: tell callbacks, and keep its policy if it is one of those of the mixture."""
+        self.trackers.step(progress.step, progress.prompts_taken / self.prompts)
         if self.iterates and self.main:
             self.iterates.keep(progress.iteration)
         self.learner.accelerator.wait_for_everyone()
 
     def evaluation_is_due(self, progress: Progress) -> bool:
-        return self.config.eval_strategy == "steps" and due(self.evaluated, progress.step, self.config.eval_steps)
+        wanted = self.config.eval_strategy == "steps" and due(self.evaluated, progress.step, self.config.eval_steps)
+        return wanted or self.trackers.control.should_evaluate
 
     def report(self, progress: Progress, metrics: dict[str, float], evaluation: Evaluation | None) -> None:
         """Write the row of an iteration, tell the trackers, and keep a checkpoint if it is time to."""
@@ -197,21 +149,32 @@ class Recorder:
         self.last = {**where, **metrics, **self.noted(), **evaluated}
         if self.main:
             append_rows(self.folder / METRICS, [self.last])
-        self.trackers.step(progress.step, progress.prompts_taken / self.prompts)
-        if evaluation or due(self.logged, progress.step, self.config.logging_steps):
-            self.logged = progress.step
-            self.terminal.row(self.last)
-            self.trackers.log(self.last)
+        self.unseen.append(self.last)
+        if evaluation or self.log_is_due(progress):
+            self.log(progress)
         if evaluation:
             self.take_evaluation(progress, evaluation)
         self.rng = checkpoint.rng_state()
-        if self.config.save_strategy == "steps" and self.checkpoint_is_due(progress):
+        if self.checkpoint_is_due(progress):
             self.checkpoint(progress)
+
+    def log_is_due(self, progress: Progress) -> bool:
+        """As often as asked, and at the end."""
+        wanted = due(self.logged, progress.step, self.config.logging_steps) or progress.step == self.end
+        return wanted or self.trackers.control.should_log
+
+    def log(self, progress: Progress) -> None:
+        """Show the mean of the rows since the last time."""
+        row = mean_row(self.unseen)
+        self.logged, self.unseen = progress.step, []
+        self.terminal.row(row)
+        self.trackers.log(row)
 
     def checkpoint_is_due(self, progress: Progress) -> bool:
         """Also before a round: what it draws belongs to the policy as it is then, and to no other."""
         before_round = self.round > 0 and progress.iteration % self.round == 0
-        return before_round or due(self.saved, progress.step, self.config.save_steps)
+        wanted = before_round or due(self.saved, progress.step, self.config.save_steps)
+        return (wanted and self.config.save_strategy == "steps") or self.trackers.control.should_save
 
     def take_evaluation(self, progress: Progress, evaluation: Evaluation) -> None:
         """Write its samples and keep the policy if it is the best so far."""
@@ -221,19 +184,45 @@ class Recorder:
             self.trackers.pictures([row["image"] for row in rows if "image" in row])
             append_rows(self.folder / SAMPLES, with_files(rows, self.folder))
         self.trackers.evaluated(evaluation.metrics)
-        if self.config.load_best_model_at_end and self.better(progress, evaluation) and self.main:
-            self.save_model(self.folder / BEST)
+        if not self.better(progress, evaluation):
+            return
+        keep = self.config.load_best_model_at_end
+        if keep and self.main:
+            self.keep_best()
+        self.trackers.best(self.best_value(progress), self.folder / BEST if keep else None)
 
     def better(self, progress: Progress, evaluation: Evaluation) -> bool:
-        """Whether this evaluation is the best so far; notes it down."""
+        """Whether this evaluation is the best so far, by the metric that tells; notes it down."""
         name = self.config.best_metric
         if name not in evaluation.metrics:
+            if not (self.config.load_best_model_at_end or self.config.metric_for_best_model):
+                return False
             raise RebelError(f"--metric_for_best_model {name} is none of {', '.join(evaluation.metrics)}")
-        value = evaluation.metrics[name] * (1 if self.config.greater_is_better else -1)
+        value = evaluation.metrics[name] * self.sign
         if progress.best is not None and value <= progress.best:
             return False
         progress.best = value
         return True
+
+    def best_value(self, progress: Progress) -> float | None:
+        """The metric of the best evaluation."""
+        return None if progress.best is None else progress.best * self.sign
+
+    @property
+    def sign(self) -> int:
+        return 1 if self.config.larger_is_better else -1
+
+    def keep_best(self) -> None:
+        """Write the policy as the best so far, with its weights to go back to."""
+        self.save_model(self.folder / BEST)
+        with self.learner.use_average():
+            checkpoint.save_weights(self.learner.weights, self.folder / BEST)
+
+    def go_back_to_best(self) -> None:
+        """The policy of the best evaluation again, if it was kept."""
+        if self.config.load_best_model_at_end and (self.folder / BEST).exists():
+            checkpoint.load_weights(self.learner.weights, self.folder / BEST)
+            self.learner.averaged = []  # which is what was evaluated, where one is kept
 
     def checkpoint(self, progress: Progress) -> None:
         """Write what resumes the run; skipped while the learner is in the middle of an iteration."""
@@ -280,6 +269,18 @@ class Recorder:
 
         with heeding_signals(hear):
             yield
+
+
+LATEST = ("iteration", "step", "samples", "eta", "learning_rate")
+"""Numbers of a row that tell where a run stands."""
+
+
+def mean_row(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The last row, with the means of what is measured in every iteration."""
+    last = rows[-1]
+    kept = [name for name in last if name in LATEST or name.startswith("eval/") or not is_number(last[name])]
+    means = {name: mean(row[name] for row in rows if is_number(row.get(name))) for name in last if name not in kept}
+    return last | means
 
 
 def with_files(rows: Sequence[dict[str, Any]], folder: Path) -> list[dict[str, Any]]:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations.integration_utils import get_reporting_integration_callbacks
 from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback
+from transformers.trainer_utils import IntervalStrategy
 
 from rebel.config import RebelConfig
 from rebel.errors import RebelError
@@ -38,11 +40,32 @@ SHARED = (
 
 
 def training_arguments(config: RebelConfig) -> TrainingArguments:
-    """The settings as transformers has them, for its optimisers, callbacks and trackers."""
+    """The settings as transformers has them, for its optimisers, and all others beside them for callbacks and trackers.
+
+    Those of evaluating and saving are put there afterwards: transformers would refuse some, and does neither here.
+    """
     try:
-        return TrainingArguments(**{name: getattr(config, name) for name in SHARED}, save_strategy="no")
+        arguments = TrainingArguments(**{name: getattr(config, name) for name in SHARED}, save_strategy="no")
     except (ValueError, ImportError) as error:  # precision this machine lacks, an unknown optimiser, a missing tracker
         raise RebelError(f"transformers refuses these settings: {str(error).splitlines()[0]}") from error
+    others = {name: value for name, value in vars(config).items() if name not in SHARED and value is not None}
+    others |= {"metric_for_best_model": config.best_metric.replace("/", "_")}
+    others |= {"greater_is_better": config.larger_is_better}
+    for name, value in others.items():
+        setattr(arguments, name, IntervalStrategy(value) if name.endswith("_strategy") else value)
+    shown = arguments.to_dict()
+    arguments.to_dict = lambda: {**shown, **others}
+    return arguments
+
+
+class Flow(DefaultFlowCallback):
+    """Decides nothing: when to log, evaluate, save and end is the run's own business, and that of other callbacks."""
+
+    def on_step_end(self, args: Any, state: Any, control: TrainerControl, **given: Any) -> TrainerControl:
+        return control
+
+    def on_epoch_end(self, args: Any, state: Any, control: TrainerControl, **given: Any) -> TrainerControl:
+        return control
 
 
 def reporting(arguments: TrainingArguments) -> list[TrainerCallback]:
@@ -69,30 +92,40 @@ class Trackers:
         scheduler: Any,
         main: bool = True,
     ) -> None:
-        own = [DefaultFlowCallback, *reporting(arguments)]
+        own = [Flow, *reporting(arguments)]
         self.arguments = arguments
         self.handler = CallbackHandler([*own, *callbacks], model, tokenizer, optimizer, scheduler)
         self.state = TrainerState(is_world_process_zero=main, is_local_process_zero=main)
         self.control = TrainerControl()
+        self.handler.on_init_end(self.arguments, self.state, self.control)
 
-    def begin(self, step: int, max_steps: int) -> None:
+    def begin(self, step: int, max_steps: int, former: Sequence[Mapping[str, Any]], best: float | None) -> None:
+        """A run begins, or goes on behind the rows of a former one."""
         self.state.global_step, self.state.max_steps = step, max_steps
+        self.state.compute_steps(self.arguments, max_steps)
+        self.state.log_history = [{**named(row), "step": row["step"]} for row in former]
+        self.state.best_metric = best
         self.handler.on_train_begin(self.arguments, self.state, self.control)
 
     def step(self, step: int, epoch: float) -> None:
         """An iteration has ended at this optimiser step. Flags that callbacks set stay up until they are read."""
         self.state.global_step, self.state.epoch = step, epoch
+        self.control.should_log = self.control.should_evaluate = self.control.should_save = False
         self.handler.on_step_end(self.arguments, self.state, self.control)
 
     def log(self, row: Mapping[str, Any]) -> None:
-        """Log the finite numbers of a row, evaluation keys with the prefix that transformers knows them by."""
-        logs = {key.replace("eval/", "eval_", 1): value for key, value in row.items() if is_number(value)}
+        """Log the finite numbers of a row."""
+        logs = named(row) | {"epoch": round(self.state.epoch or 0.0, 6)}
         self.state.log_history.append({**logs, "step": self.state.global_step})
         self.handler.on_log(self.arguments, self.state, self.control, logs)
 
     def evaluated(self, metrics: Mapping[str, float]) -> None:
-        named = {key.replace("eval/", "eval_", 1): value for key, value in metrics.items()}
-        self.handler.on_evaluate(self.arguments, self.state, self.control, named)
+        self.handler.on_evaluate(self.arguments, self.state, self.control, named(metrics))
+
+    def best(self, metric: float | None, folder: Path | None) -> None:
+        """The last evaluation is the best so far, and its policy lies in this folder."""
+        self.state.best_metric, self.state.best_global_step = metric, self.state.global_step
+        self.state.best_model_checkpoint = str(folder) if folder else None
 
     def pictures(self, images: Sequence[Any]) -> None:
         """Show pictures of an evaluation, which transformers' callbacks have no event for, where a tracker can."""
@@ -115,6 +148,11 @@ class Trackers:
     @property
     def should_stop(self) -> bool:
         return self.control.should_training_stop
+
+
+def named(row: Mapping[str, Any]) -> dict[str, int | float]:
+    """The finite numbers of a row, those of an evaluation with the prefix that transformers knows them by."""
+    return {key.replace("eval/", "eval_", 1): value for key, value in row.items() if is_number(value)}
 
 
 def mosaic(images: Sequence[Any], columns: int = 10) -> np.ndarray:

@@ -63,18 +63,13 @@ class Run:
 def train(run: Run, progress: Progress, iterations: int) -> None:
     """Carry out the iterations that are left, or fewer if the hooks say so; `progress` tells where it stands."""
     if progress.iteration == 0:
-        finish(run, progress, {}, due=True)
+        finish(run, progress, {}, last=False)
     while progress.iteration < iterations and not run.hooks.stop():
         try:
             metrics = iterate(run, progress)
         except Interrupted:
             return
-        finish(
-            run,
-            progress,
-            metrics,
-            due=progress.iteration == iterations or run.hooks.evaluation_is_due(progress),
-        )
+        finish(run, progress, metrics, last=progress.iteration == iterations)
 
 
 def iterate(run: Run, progress: Progress) -> measures.Measures:
@@ -110,13 +105,13 @@ def check_failures(metrics: measures.Measures, drawn: Drawn, most: float) -> Non
         )
 
 
-def finish(run: Run, progress: Progress, metrics: measures.Measures, due: bool) -> None:
-    """Evaluate if it is time to, and tell the hooks."""
+def finish(run: Run, progress: Progress, metrics: measures.Measures, last: bool) -> None:
+    """Evaluate at the beginning, at the end and when it is time to, and tell the hooks."""
     began = time.perf_counter()
     if progress.iteration:
         run.hooks.iterated(progress)
     evaluation = None
-    if run.evaluator and due:
+    if run.evaluator and (last or not progress.iteration or run.hooks.evaluation_is_due(progress)):
         evaluation = evaluated(run, run.evaluator)
         metrics["seconds/evaluation"] = time.perf_counter() - began
     metrics["seconds/total"] = sum((value for name, value in metrics.items() if name.startswith("seconds/")), 0.0)

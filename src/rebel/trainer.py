@@ -27,8 +27,8 @@ from rebel.from_trl import translate_batch
 from rebel.job import carry_out, push
 from rebel.policies.causal_lm import CausalLM
 from rebel.policies.scorer import LanguageModel
-from rebel.record import checkpoint_to_resume, claim_folder
 from rebel.rounds.rollouts import Prompts
+from rebel.run_folder import checkpoint_to_resume, claim_folder
 from rebel.settings import resolve
 from rebel.train import evaluated
 from rebel.types import Prompt

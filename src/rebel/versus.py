@@ -25,11 +25,11 @@ from rebel.iterates import Iterates
 from rebel.job import quiet, stored_iterates
 from rebel.loading import load_policy
 from rebel.policies.causal_lm import CausalLM
-from rebel.record import BEST, SETTINGS
 from rebel.report.rows import plain
 from rebel.report.versus import show, write_page
 from rebel.rewards.functions import Notes
 from rebel.rewards.winrate import check_judge
+from rebel.run_folder import BEST, SETTINGS
 from rebel.samplers.generate import Generate
 from rebel.samplers.mixture import Mixture
 from rebel.settings import read_yaml, resolve

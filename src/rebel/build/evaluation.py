@@ -19,10 +19,10 @@ from rebel.evaluators import ByJudge, ByReward, Opponents
 from rebel.learner import Learner
 from rebel.loading import load_policy
 from rebel.policies.causal_lm import CausalLM
-from rebel.record import OPPONENTS
 from rebel.report.rows import append_rows, read_rows
 from rebel.rewards.functions import Notes
 from rebel.rewards.winrate import check_judge
+from rebel.run_folder import OPPONENTS
 from rebel.samplers.generate import Generate
 from rebel.train import Evaluator
 from rebel.types import Judge, Prompt, Rollout

@@ -13,9 +13,10 @@ from rebel.rewards.functions import Notes
 from rebel.rewards.judge_load import Service, load_judge
 from rebel.rewards.load import as_reward, load_reward
 from rebel.rewards.winrate import AgainstFirst, WinRate
+from rebel.run_folder import JUDGED
 from rebel.types import Judge, Reward
 
-ANSWERS, JUDGED = "judge_answers.sqlite", "opponents.jsonl"
+ANSWERS = "judge_answers.sqlite"
 """In the run's folder: what a judge behind an endpoint has answered, and whom evaluations compare with."""
 
 

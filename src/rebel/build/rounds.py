@@ -11,10 +11,10 @@ from rebel.collect import Source
 from rebel.config import RebelConfig
 from rebel.errors import RebelError
 from rebel.policies.causal_lm import CausalLM
-from rebel.record import ROUNDS
 from rebel.rounds.collector import Rounds, Say, check_scored, check_whole
 from rebel.rounds.rollouts import Manifest, Prompts, Rollouts, as_json, of_prompts, of_weights, read_manifest
 from rebel.rounds.shards import digest
+from rebel.run_folder import ROUNDS
 from rebel.types import Pairing, Prompt
 
 DECIDING = (

@@ -12,7 +12,7 @@ from typing import Any
 from rebel.config import RebelConfig
 from rebel.errors import RebelError
 from rebel.job import quiet, run_training
-from rebel.record import METRICS, SETTINGS, claim_folder
+from rebel.run_folder import METRICS, SETTINGS, claim_folder
 from rebel.validate import validate
 
 INITIAL = "initial"
