@@ -188,6 +188,7 @@ def test_sample(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[s
 
     monkeypatch.setitem(sys.modules, "rebel.job", module("rebel.job", sample=sample))
     (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "adapter_config.json").touch()
     argv = ["sample", str(tmp_path / "run"), "--prompt", "Once", "--prompt", "Two", "--n", "2"]
     assert main([*argv, "--max-new-tokens", "9"]) == 0
     out = capsys.readouterr().out
@@ -200,6 +201,17 @@ def test_sample(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[s
     [
         (["sample", "nowhere", "--prompt", "x"], "nowhere is no folder"),
         (["report", "nowhere"], "nowhere is no folder"),
+        (["score", "nowhere"], "nowhere is no folder; give the folder that `rebel rollout` wrote"),
+        (["report", "."], ". holds no run: none of config.yaml, metrics.jsonl is there"),
+        (
+            ["sample", ".", "--prompt", "x"],
+            ". holds no tuned model, which is written when a run ends: none of config.json",
+        ),
+        (["rollout", "--to", "x", "--round_prompts", "9"], "--round_prompts 9: `rebel rollout` draws from all prompts"),
+        (
+            ["train", "x.yaml", "--bf16", "maybe"],
+            "unexpected: maybe; flags of true or false take true, false, or nothing",
+        ),
         (["sample", "."], "--prompt"),
         (["sample", ".", "--prompt", "x", "--n", "0"], "--n 0"),
         (["sample", ".", "--prompt", "x", "--temperature", "-1"], "--temperature -1"),
@@ -216,6 +228,7 @@ def test_wrong_input_of_other_commands(capsys: pytest.CaptureFixture[str], argv:
 def test_report(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path):
     report = module("rebel.report", write_report=lambda run: run / "report.html")
     monkeypatch.setitem(sys.modules, "rebel.report", report)
+    (tmp_path / "metrics.jsonl").touch()
     assert main(["report", str(tmp_path)]) == 0
     assert capsys.readouterr().out == f"{tmp_path / 'report.html'}\n"
 

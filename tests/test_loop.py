@@ -104,6 +104,10 @@ class StopAt(TrainerCallback):
             elif self.how != "crash":
                 os.kill(os.getpid(), getattr(signal, self.how))
 
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.step == 0:  # before the first iteration
+            self.on_step_end(args, state, control)
+
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step == self.step and self.how == "crash":
             raise MemoryError
@@ -156,7 +160,7 @@ def test_a_finished_run_goes_on_beyond_its_end(whole: Job, tmp_path: Path, capsy
     tiny.trained(tmp_path, reward=noisy, iterations=2, save_steps=100)
     assert [found.name for found in checkpoint.all_checkpoints(tmp_path)] == ["checkpoint-6"]
     tiny.trained(tmp_path, resume=True, reward=noisy, iterations=2)
-    assert "all 2 iterations of this run are done; to go on, ask for more" in capsys.readouterr().out
+    assert "2 of 2 iterations are done; to go on, ask for more" in capsys.readouterr().out
     seeded(99)
     assert_same(tiny.trained(tmp_path, resume=True, reward=noisy), whole)
     assert not checkpoint.all_checkpoints(tiny.trained(tmp_path / "none", save_strategy="no").recorder.folder), (

@@ -38,6 +38,7 @@ from rebel.run_folder import (
     OPPONENTS,
     ROUNDS,
     SETTINGS,
+    check_folder,
     checkpoint_to_resume,
     claim_folder,
 )
@@ -58,8 +59,8 @@ def carry_out(job: Job, resume: Path | None = None) -> Progress:
     for check in job.parts.checks:
         check(run.learner)
     progress = load(resume, run.learner, fingerprint(job.config)) if resume else Progress()
-    if progress.iteration >= job.iterations:
-        recorder.terminal.say(f"all {progress.iteration} iterations of this run are done; to go on, ask for more")
+    if resume:
+        recorder.terminal.say(f"{resume}: {standing(job, progress)}")
     recorder.begin(progress, job.iterations * run.regression.steps * run.regression.passes)
     try:
         with recorder.heeding_signals():
@@ -81,6 +82,12 @@ def carry_out(job: Job, resume: Path | None = None) -> Progress:
     return progress
 
 
+def standing(job: Job, progress: Progress) -> str:
+    """How far a resumed run has come, and what to do where nothing is left."""
+    done = f"{progress.iteration} of {job.iterations} iterations are done"
+    return done if progress.iteration < job.iterations else f"{done}; to go on, ask for more"
+
+
 def explained(stopped: Exception, job: Job, progress: Progress) -> RunStopped:
     """The reason with what is on disk: the checkpoint, and what a reward function failed on."""
     job.recorder.checkpoint(progress)
@@ -95,7 +102,8 @@ def how_to_resume(job: Job) -> str:
     found = all_checkpoints(job.recorder.folder)
     if not found:
         return "There is no checkpoint yet: start again"
-    return f"{found[-1]} is complete; go on with: rebel train {job.recorder.folder / SETTINGS} --resume"
+    again = job.again or f"rebel train {job.recorder.folder / SETTINGS} --resume"
+    return f"{found[-1]} is complete; go on with: {again}"
 
 
 def keep_result(job: Job) -> None:
@@ -118,6 +126,8 @@ def run_training(config: RebelConfig, dry_run: bool = False) -> None:
     """`rebel train`: everything from its settings. Prints the plan, and with `dry_run` nothing more."""
     quiet()
     resume = checkpoint_to_resume(config)
+    if not dry_run:
+        check_folder(config, resume is not None)
     job = prepare(config)
     for line in job.plan:
         job.recorder.terminal.say(line)

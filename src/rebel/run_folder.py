@@ -22,7 +22,16 @@ LEFTOVERS = (METRICS, SAMPLES, SETTINGS, FAILED, "report.html", JUDGED)
 
 
 def claim_folder(config: RebelConfig, resume: bool) -> Path:
-    """The output folder, made if need be. One that holds another run is an error unless it is to be overwritten."""
+    """The output folder, made if need be, without what another run has left there if that may go."""
+    folder = check_folder(config, resume)
+    if not resume:
+        clear(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def check_folder(config: RebelConfig, resume: bool) -> Path:
+    """The output folder. One that holds another run is an error unless it is to be overwritten."""
     folder = Path(config.output_dir)
     if folder.exists() and not folder.is_dir():
         raise RebelError(f"--output_dir {folder} is a file; name a folder")
@@ -30,17 +39,14 @@ def claim_folder(config: RebelConfig, resume: bool) -> Path:
     if model and folder.resolve() == Path(model).resolve():
         raise RebelError(f"--output_dir {folder} is the model's own folder; the tuned model would replace it")
     held = [name for name in (*LEFTOVERS, ROUNDS) if (folder / name).exists()] + checkpoint.all_checkpoints(folder)
-    if held and not resume:
-        if not config.overwrite_output_dir and learnt(folder):
-            raise RebelError(
-                f"--output_dir {folder} holds another run: go on with it by --resume, replace it by "
-                "--overwrite_output_dir, or name another folder"
-            )
-        clear(folder)
+    if held and not resume and not config.overwrite_output_dir and learnt(folder):
+        raise RebelError(
+            f"--output_dir {folder} holds another run: go on with it by --resume, replace it by "
+            "--overwrite_output_dir, or name another folder"
+        )
     model = [name for name in MODEL if (folder / name).exists()]
     if model and not held:
         raise RebelError(f"--output_dir {folder} holds a model that is not of `rebel train` ({model[0]}); name another")
-    folder.mkdir(parents=True, exist_ok=True)
     return folder
 
 
@@ -48,7 +54,8 @@ def learnt(folder: Path) -> bool:
     """Whether a run got beyond its first evaluation, or left anything else that took time to make."""
     costly = [name for name in (*MODEL, ROUNDS, JUDGED) if (folder / name).exists()]
     rows = read_rows(folder / METRICS) if (folder / METRICS).exists() else []
-    return bool(costly or checkpoint.all_checkpoints(folder)) or any(row["iteration"] for row in rows)
+    steps = [found.name for found in checkpoint.all_checkpoints(folder) if found.name != f"{checkpoint.PREFIX}0"]
+    return bool(costly or steps) or any(row["iteration"] for row in rows)
 
 
 def clear(folder: Path) -> None:

@@ -25,6 +25,9 @@ STRAY = (
     "; a word that belongs to no flag is taken for the YAML file of settings (flags of true or false take true, "
     "false, or nothing)"
 )
+LENGTHS = ("iterations", "max_steps", "num_train_epochs", "rounds")
+"""Ways of saying how long to train, of which one is taken."""
+
 _TITLE = re.compile(r"\s+# -- (.+?) -+$")
 
 
@@ -75,8 +78,14 @@ def read_yaml(path: str | Path | None) -> dict[str, Any]:
 
 
 def resolve(*layers: Mapping[str, Any]) -> RebelConfig:
-    """The settings of the layers, later ones over earlier ones. Names every wrong name and value at once."""
-    given = {name: value for layer in layers for name, value in layer.items()}
+    """The settings of the layers, later ones over earlier ones. Names every wrong name and value at once.
+
+    Of the ways to say how long to train a later layer's takes the place of any of an earlier one.
+    """
+    given: dict[str, Any] = {}
+    for layer in layers:
+        outdated = LENGTHS if said_anew(layer) else ()
+        given = {name: value for name, value in given.items() if name not in outdated} | dict(layer)
     values, problems = {}, []
     for name, value in given.items():
         try:
@@ -86,6 +95,11 @@ def resolve(*layers: Mapping[str, Any]) -> RebelConfig:
     if problems:
         raise RebelError("\n".join(problems))
     return RebelConfig(**values)
+
+
+def said_anew(layer: Mapping[str, Any]) -> bool:
+    """Whether a layer says how long to train; rollouts that are given do."""
+    return any(name in layer for name in (*LENGTHS, "from_rollouts"))
 
 
 def unknown(name: str, names: Iterable[str] | None = None) -> str:

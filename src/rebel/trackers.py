@@ -47,7 +47,9 @@ def training_arguments(config: RebelConfig) -> TrainingArguments:
     try:
         arguments = TrainingArguments(**{name: getattr(config, name) for name in SHARED}, save_strategy="no")
     except (ValueError, ImportError) as error:  # precision this machine lacks, an unknown optimiser, a missing tracker
-        raise RebelError(f"transformers refuses these settings: {str(error).splitlines()[0]}") from error
+        reason = str(error).splitlines()[0]
+        flag = next((name for name in ("lr_scheduler_type", "optim") if reason.startswith(getattr(config, name))), None)
+        raise RebelError(f"--{flag} {reason}" if flag else f"transformers refuses these settings: {reason}") from error
     others = {name: value for name, value in vars(config).items() if name not in SHARED and value is not None}
     others |= {"metric_for_best_model": config.best_metric.replace("/", "_")}
     others |= {"greater_is_better": config.larger_is_better}

@@ -76,6 +76,8 @@ class Job:
     iterations: int
     plan: list[str]
     parts: Parts
+    again: str = ""
+    """What goes on with the run, where it is not the command."""
 
 
 def build_job(

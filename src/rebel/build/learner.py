@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -47,11 +48,21 @@ def build_learner(
         num_training_steps=steps,
         scheduler_specific_kwargs=config.lr_scheduler_kwargs or None,
     )
+
+    def scheduler(optimizer: torch.optim.Optimizer) -> Any:
+        try:
+            return schedule(optimizer=optimizer)
+        except (TypeError, ValueError) as error:  # what it needs is missing, or not known to it
+            raise RebelError(
+                f"--lr_scheduler_type {config.lr_scheduler_type} with --lr_scheduler_kwargs "
+                f"{config.lr_scheduler_kwargs}: {error}"
+            ) from error
+
     return learner(
         accelerator,
         policy,
         optimizer,
-        lambda optimizer: schedule(optimizer=optimizer),
+        scheduler,
         budget=budget,
         max_grad_norm=config.max_grad_norm,
         average=memory_of_average(config),

@@ -92,7 +92,13 @@ def with_adapter(model: PreTrainedModel, config: RebelConfig, lora: PeftConfig |
     lora = lora or LoraConfig(
         r=config.lora_r, lora_alpha=config.lora_alpha, lora_dropout=0.0, target_modules=targets, task_type="CAUSAL_LM"
     )
-    return get_peft_model(model, lora)
+    try:
+        return get_peft_model(model, lora)
+    except ValueError as error:  # no layer has such a name, or one that peft cannot adapt
+        reason = str(error).splitlines()[0]
+        raise RebelError(
+            f"--lora_target_modules {' '.join(names)}: {reason} Use all-linear, or names of layers of the model"
+        ) from error
 
 
 def build_policy(model: LanguageModel, tokenizer: PreTrainedTokenizerBase, config: RebelConfig) -> CausalLM:

@@ -80,4 +80,4 @@ def _alone(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> in
 def _unexpected(rest: Sequence[str], options: Iterable[str]) -> str:
     flags = [word.partition("=")[0] for word in rest if word.startswith("-")]
     lines = [flag + unknown(flag.lstrip("-"), options).removeprefix(f"--{flag.lstrip('-')}") for flag in flags]
-    return "\n".join(lines) or f"unexpected: {' '.join(rest)}"
+    return "\n".join(lines) or f"unexpected: {' '.join(rest)}; flags of true or false take true, false, or nothing"

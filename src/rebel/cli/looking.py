@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from rebel.cli.options import command, folder_of
+from rebel.cli.options import command, folder_of, holding
 
 
 def add_report(commands: Any) -> None:
@@ -14,7 +14,7 @@ def add_report(commands: Any) -> None:
 
 
 def report(arguments: argparse.Namespace) -> int:
-    run = folder_of(arguments.run)
+    run = holding(folder_of(arguments.run), ("config.yaml", "metrics.jsonl"), "run")
     from rebel.report import write_report
 
     print(write_report(run))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby, zip_longest
 from pathlib import Path
 from typing import Any, Literal, NoReturn, get_args, get_origin
@@ -93,8 +93,16 @@ def spelled(argv: Sequence[str]) -> Iterator[str]:
             yield name + equals + value
 
 
-def folder_of(run: str) -> Path:
-    """The folder of a run, which has to exist."""
+def folder_of(run: str, wanted: str = "the --output_dir of a run") -> Path:
+    """A folder, which has to exist."""
     if not Path(run).is_dir():
-        raise RebelError(f"{run} is no folder; give the --output_dir of a run")
+        raise RebelError(f"{run} is no folder; give {wanted}")
     return Path(run)
+
+
+def holding(folder: Path, names: Iterable[str], what: str) -> Path:
+    """The folder, which has to hold one of these files."""
+    if not any((folder / name).exists() for name in names):
+        looked_for = ", ".join(names)
+        raise RebelError(f"{folder} holds no {what}: none of {looked_for} is there; give the --output_dir of a run")
+    return folder

@@ -6,6 +6,7 @@ import argparse
 from typing import Any
 
 from rebel.cli.options import add_setting, add_settings, command, folder_of, settings_in, wide
+from rebel.errors import RebelError
 from rebel.settings import known, read_yaml, resolve
 from rebel.validate import validate_drawing, validate_scoring
 
@@ -28,6 +29,11 @@ def add_rollout(commands: Any) -> None:
 
 def rollout(arguments: argparse.Namespace) -> int:
     flags = settings_in(arguments)
+    if "round_prompts" in flags:
+        raise RebelError(
+            f"--round_prompts {flags['round_prompts']}: `rebel rollout` draws from all prompts; for fewer of them use "
+            "--dataset_split, as in 'train[:100]'"
+        )
     if arguments.to:
         flags["from_rollouts"] = arguments.to
     config = validate_drawing(resolve(read_yaml(arguments.config), flags), prompts=not arguments.from_file)
@@ -47,7 +53,7 @@ def add_score(commands: Any) -> None:
 
 
 def score(arguments: argparse.Namespace) -> int:
-    folder = folder_of(arguments.rollouts)
+    folder = folder_of(arguments.rollouts, "the folder that `rebel rollout` wrote")
     flags = settings_in(arguments)
     config = validate_scoring(resolve(flags))
     from rebel.rollout_job import score_rollouts

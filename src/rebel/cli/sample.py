@@ -5,8 +5,11 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from rebel.cli.options import command, folder_of
+from rebel.cli.options import command, folder_of, holding
 from rebel.errors import RebelError
+
+MODEL = ("config.json", "adapter_config.json", "model_index.json")
+"""By which a saved model is known."""
 
 
 def add(commands: Any) -> None:
@@ -28,6 +31,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise RebelError(f"--temperature {arguments.temperature:g}: use 0 (greedy) or a positive number")
     if arguments.max_new_tokens is not None and arguments.max_new_tokens < 1:
         raise RebelError(f"--max_new_tokens {arguments.max_new_tokens}: use 1 or more")
+    holding(run, MODEL, "tuned model, which is written when a run ends")
     from rebel.job import sample
 
     drawn = sample(run, prompts, arguments.n, arguments.temperature, arguments.max_new_tokens, arguments.mixture)

@@ -127,10 +127,10 @@ class CausalLM:
 
     def following(self, prompt: str, prompt_ids: Sequence[int], text: str) -> list[int]:
         """Token ids of text behind a prompt of plain text."""
-        both = self.tokenizer(prompt + text).input_ids
+        both = self.tokenizer(prompt + text, verbose=False).input_ids
         if both[: len(prompt_ids)] == list(prompt_ids):
             return both[len(prompt_ids) :]
-        return self.tokenizer(text, add_special_tokens=False).input_ids
+        return self.tokenizer(text, add_special_tokens=False, verbose=False).input_ids
 
     def ended(self, ids: Sequence[int]) -> list[int]:
         """The ids with one end of sequence: what a template has behind it is cut off, a missing one is added."""

@@ -126,7 +126,7 @@ def quickstart(output_dir: str, seed: int, recipe: Recipe = RECIPE, **changes: A
         f"   eval is the share of {len(parts.held_out):,} held-out problems it then answers right, greedily.",
         outcome=outcome,
         report="answers",
-        prompt='"47+38="',
+        prompt='"47+38=" --temperature 0 --n 1',
     )
     run(show, replace(settings(folder, seed), **changes))
 

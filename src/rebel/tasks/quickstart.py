@@ -44,7 +44,7 @@ class Show:
     report: str
     """What the report shows."""
     prompt: str
-    """A prompt to draw from the tuned model, as on the command line."""
+    """A prompt to draw from the tuned model, and how, as on the command line."""
 
 
 def run(show: Show, config: RebelConfig) -> None:

@@ -17,14 +17,15 @@ from rebel.validate.method import credit, minibatches, mixture, sampling, step
 from rebel.validate.numbers import counts, ranges
 from rebel.validate.offline import offline
 from rebel.validate.said import Check
+from rebel.validate.schedule import schedule
 from rebel.validate.tracking import tracking
 from rebel.validate.vllm import meanwhile, vllm
 from rebel.validate.weights import adapter, precision
 
 INPUTS = (has_inputs,)
 CHECKS = (
-    *(counts, ranges, step, credit, sampling, minibatches, precision, length, no_large_batch, evaluation, folders),
-    *(reward_weights, judge, mixture, adapter, offline, one_kind, vllm, meanwhile, tracking),
+    *(counts, ranges, step, credit, sampling, minibatches, schedule, precision, length, no_large_batch, evaluation),
+    *(folders, reward_weights, judge, mixture, adapter, offline, one_kind, vllm, meanwhile, tracking),
 )
 DRAWING = (folder_of_rollouts, counts, ranges, sampling, precision, adapter, vllm)
 SCORING = (has_reward, reward_weights)
