@@ -337,9 +337,9 @@ def test_the_trainer_of_python_reports_win_rates_too(side: str, folder: Path, tm
     )
     before = trainer.evaluate()
     trainer.train()
-    assert ("eval/win_rate" in before) and (tmp_path / "run" / "eval_opponents.jsonl").exists() == (side == "other")
+    assert ("eval_win_rate" in before) and (tmp_path / "run" / "eval_opponents.jsonl").exists() == (side == "other")
     logged = [row for row in trainer.state.log_history if "eval_win_rate" in row]
-    assert len(logged) == 2 and logged[0]["eval_win_rate"] == before["eval/win_rate"]
+    assert len(logged) == 2 and logged[0]["eval_win_rate"] == before["eval_win_rate"]
 
 
 def test_opponents_are_drawn_once_and_survive_a_resumed_run(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from trl.trainer.grpo_config import GRPOConfig
 import rebel
 from rebel.cli import parse
 from rebel.config import RebelConfig
-from rebel.from_trl import explanation
+from rebel.elsewhere import explanation
 from rebel.settings import known
 
 ROOT = Path(__file__).resolve().parents[1]

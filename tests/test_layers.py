@@ -22,7 +22,7 @@ ORDER = """
     against measures way checkpoint collect evaluators fit
     train
     offline rounds
-    convert config from_trl settings validate model_card plan trackers signals loading run_folder record
+    convert elsewhere config from_trl settings validate model_card plan trackers signals loading run_folder record
     build job rollout_job
     stages versus trainer tasks doctor cli __main__
 """
@@ -68,6 +68,7 @@ FOREIGN = {
     "report": {"rich", "jinja2", "markupsafe", "yaml"},
     "convert": {"yaml"},
     "config": set(),
+    "elsewhere": set(),
     "from_trl": set(),
     "settings": {"yaml"},
     "validate": set(),

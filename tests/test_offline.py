@@ -361,10 +361,10 @@ def test_the_evaluation_is_the_plain_arithmetic_of_log_ratios(tmp_path: Path) ->
         gaps.append(float(moved[0] - moved[1]))
         margins.append(float(group.pair_margins()[0, 1]))
     found, g, m = made.evaluate(), torch.tensor(gaps), torch.tensor(margins)
-    assert found["eval/accuracy"] == pytest.approx(float((g > 0).float().mean()))
+    assert found["eval_accuracy"] == pytest.approx(float((g > 0).float().mean()))
     residual = (g / 3.0 - m).square()
-    assert found["eval/loss"] == pytest.approx(float(residual.mean()), rel=1e-4)
-    assert found["eval/r2"] == pytest.approx(1 - float(residual.sum() / m.square().sum()), rel=1e-4)
+    assert found["eval_loss"] == pytest.approx(float(residual.mean()), rel=1e-4)
+    assert found["eval_r2"] == pytest.approx(1 - float(residual.sum() / m.square().sum()), rel=1e-4)
 
 
 def test_accuracy_leaves_ties_out_and_counts_equal_log_ratios_one_half() -> None:

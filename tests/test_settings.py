@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 
 from rebel.config import RebelConfig
+from rebel.elsewhere import ELSEWHERE
 from rebel.errors import RebelError
-from rebel.from_trl import BATCH, ELSEWHERE, translate_batch
+from rebel.from_trl import BATCH, translate_batch
 from rebel.settings import dump, known, read_yaml, resolve
 from rebel.validate import validate
 from rebel.validate.tracking import TRACKERS

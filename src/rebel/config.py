@@ -8,7 +8,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from rebel.elsewhere import explaining
 
+
+@explaining
 @dataclass(frozen=True)
 class RebelConfig:
     # -- model ---------------------------------------------------------------------------------------------

@@ -133,6 +133,7 @@ def run_training(config: RebelConfig, dry_run: bool = False) -> None:
         job.recorder.terminal.say(line)
     if dry_run:
         return
+    check_hub(config)
     claim_folder(config, resume is not None)
     carry_out(job, resume)
     job.recorder.terminal.say(f"model:  {job.recorder.folder}")
@@ -190,12 +191,38 @@ def quiet() -> None:
     datasets.disable_progress_bars()
 
 
+def check_hub(config: RebelConfig) -> None:
+    """Whether the result could be uploaded, asked before there is one."""
+    if not config.push_to_hub:
+        return
+    from huggingface_hub import HfApi
+
+    try:
+        HfApi().whoami()
+    except Exception as error:  # no account, no network
+        raise RebelError(
+            f"--push_to_hub: the hub does not know who you are ({str(error).splitlines()[0]}); log in by `hf auth "
+            "login`, or leave it out and upload the folder later"
+        ) from error
+
+
 def push(job: Job) -> str:
     """Upload the output folder's model; the address of it."""
     from huggingface_hub import HfApi
 
+    try:
+        return upload(job, HfApi())
+    except Exception as error:  # of many kinds: account, network, repository
+        folder = job.recorder.folder
+        raise RunStopped(
+            f"the model is in {folder}, and could not be uploaded: {str(error).splitlines()[0]}. Later: hf upload "
+            f"{job.config.hub_model_id or folder.name} {folder}"
+        ) from error
+
+
+def upload(job: Job, api: Any) -> str:
+    """The address of what was uploaded: the folder without checkpoints and what only the run itself needs."""
     name = job.config.hub_model_id or job.recorder.folder.name
-    api = HfApi()
     repository = api.create_repo(name, exist_ok=True).repo_id
     ignore = ["checkpoint-*/*", *(f"{name}/*" for name in (BEST, ITERATES, ROUNDS))]
     ignore += [FAILED, ANSWERS, JUDGED, OPPONENTS, f"{SENT}*/*"]

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import ast
-import difflib
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from itertools import groupby, pairwise
@@ -18,8 +17,8 @@ import yaml
 from rebel import config as config_module
 from rebel.config import RebelConfig
 from rebel.convert import expected, shown, typed
+from rebel.elsewhere import unknown
 from rebel.errors import RebelError
-from rebel.from_trl import explanation
 
 STRAY = (
     "; a word that belongs to no flag is taken for the YAML file of settings (flags of true or false take true, "
@@ -102,14 +101,6 @@ def said_anew(layer: Mapping[str, Any]) -> bool:
     return any(name in layer for name in (*LENGTHS, "from_rollouts"))
 
 
-def unknown(name: str, names: Iterable[str] | None = None) -> str:
-    """What to say of an unknown setting: where its meaning went, or which one was probably meant."""
-    if reason := explanation(name):
-        return f"--{name} is not a setting of REBEL: {reason}"
-    near = difflib.get_close_matches(name, known() if names is None else names, n=1)
-    return f"--{name} is not known; " + (f"did you mean --{near[0]}?" if near else "--help lists what is")
-
-
 def dump(config: RebelConfig) -> str:
     """The settings as YAML, under the headings of config.py; what `read_yaml` and `resolve` take back."""
     sections = groupby(known().values(), key=lambda setting: setting.section)
@@ -122,7 +113,7 @@ def dump(config: RebelConfig) -> str:
 def convert(name: str, value: Any) -> Any:
     """The value in the setting's own type, from YAML, the text of the command line, or Python."""
     if name not in known():
-        raise RebelError(unknown(name))
+        raise RebelError(unknown(name, known()))
     hint = known()[name].hint
     if value is None and get_origin(hint) in (list, dict):  # an empty line in YAML, or TRL's default
         return known()[name].default.copy()

@@ -22,6 +22,7 @@ from rebel.build.online import PAIRINGS, Parts
 from rebel.build.prompts import skipped_in_words
 from rebel.build.subject import Data, Subject
 from rebel.config import RebelConfig
+from rebel.errors import RebelError
 from rebel.fit import Regression
 from rebel.iterates import FOLDER as ITERATES
 from rebel.iterates import Iterates
@@ -129,6 +130,8 @@ def assembled(
         iterates=iterates,
     )
     parts = subject.parts(mover, judging, notes, iterates, terminal.say)
+    if config.load_best_model_at_end and not parts.evaluator:
+        raise RebelError("--load_best_model_at_end has nothing to choose by: give an eval_dataset, or prompts for it")
     recorder.round = parts.per_round
     run = build_run(config, mover, subject.reference, parts, recorder)
     plan = [*subject.plan(parts, iterations, mover.average > 0), *skipped_in_words(config)]

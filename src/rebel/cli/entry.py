@@ -9,8 +9,8 @@ from functools import partial
 
 from rebel.cli import evaluate, looking, quickstart, rollouts, sample, stages, train
 from rebel.cli.options import Parser, spelled
+from rebel.elsewhere import unknown
 from rebel.errors import RebelError, RunStopped
-from rebel.settings import unknown
 
 EXAMPLES = """\
 examples:

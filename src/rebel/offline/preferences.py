@@ -87,7 +87,12 @@ def format_of(columns: Sequence[str], given: str, margin_column: str | None, by_
     if not possible:
         raise RebelError(
             f"{name} has no completions to learn from: it has the columns {', '.join(columns)}, and --offline takes "
-            f"{FORMATS}" + ("" if not by_reward else " (with --reward_funcs, completions alone)")
+            + FORMATS
+            + (
+                " (with --reward_funcs, completions alone)"
+                if by_reward
+                else "; and for completions that are drawn a reward is missing: --reward_funcs"
+            )
         )
     return possible[0]  # pyright: ignore[reportReturnType]
 
