@@ -22,6 +22,7 @@ from rich.console import Console
 
 from rebel.report import Terminal, append_rows, read_rows, truncate_after, write_report
 from rebel.report.chart import HEIGHT, WIDTH, Point, Series, axis, plot
+from rebel.report.figures import sections
 from rebel.report.headline import remarks
 from rebel.report.page import compared, visible
 from rebel.report.words import duration, number, share
@@ -341,6 +342,15 @@ def test_the_page_tells_the_whole_run(tmp_path: Path) -> None:
     assert "answer 4 at 0" in page.text and "answer 4 at 12" in page.text and "at 4 " not in page.text
     assert "+0.120" in page.text
     assert "kl_per_iteration" in page.text and "Stopped" not in page.text
+
+
+@pytest.mark.parametrize(
+    ("heat", "words"), [(0, "Evaluations are greedy"), (0.5, "temperature 0.5"), (1.0, ""), (None, "")]
+)
+def test_another_temperature_of_evaluations_is_said(heat: float | None, words: str) -> None:
+    rows = [{"iteration": k, "reward": 0.5, "eval/reward": 0.4, "samples": k} for k in range(3)]
+    figure = sections(rows, {"temperature": 1.0, "eval_temperature": heat})[0][1][0]
+    assert words in figure.note and ("another reward" in figure.note) == bool(words)
 
 
 def test_the_page_asks_nobody_for_anything(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from markupsafe import Markup
 
 from rebel.report.chart import Plot, Point, Series, plot
 from rebel.report.headline import JUDGE, goal_of_step
-from rebel.report.words import finite
+from rebel.report.words import finite, number
 
 Row = Mapping[str, Any]
 
@@ -34,7 +34,7 @@ def sections(rows: Sequence[Row], settings: Row) -> list[tuple[str, list[Figure]
     every = {
         "Outcome": (
             _accuracy(rows),
-            _reward(rows),
+            _reward(rows, settings),
             _judges(rows),
             _frontier(rows),
             _components(rows),
@@ -74,12 +74,12 @@ def _accuracy(rows: Sequence[Row]) -> Figure:
     )
 
 
-def _reward(rows: Sequence[Row]) -> Figure:
+def _reward(rows: Sequence[Row], settings: Row) -> Figure:
     return _figure(
         "Reward",
         "Dots: the evaluation prompts, with one standard error. Line: the completions drawn for training at the"
         " start of each iteration; its band is the mean spread within a group. Only differences within a group"
-        " teach: adding a number to all rewards of a prompt would change nothing.",
+        " teach: adding a number to all rewards of a prompt would change nothing." + _heat(settings),
         plot(
             "mean reward",
             [
@@ -88,6 +88,15 @@ def _reward(rows: Sequence[Row]) -> Figure:
             ],
         ),
     )
+
+
+def _heat(settings: Row) -> str:
+    """What sets evaluations apart from training, where they are drawn at another temperature."""
+    heat = finite(settings.get("eval_temperature"))
+    if heat is None or heat == settings.get("temperature"):
+        return ""
+    how = "greedy" if heat == 0 else f"drawn at temperature {number(heat)}"
+    return f" Evaluations are {how}, and training is not: the same policy has another reward in each."
 
 
 def _judges(rows: Sequence[Row]) -> Figure:
