@@ -232,8 +232,9 @@ class Recorder:
         if self.main and not (self.saved == progress.step and self.checkpoint_folder(progress).exists()):
             checkpoint.save(self.folder, self.learner, self.save_model, progress, self.rng)
             checkpoint.prune(self.folder, self.config.save_total_limit)
-        self.saved = progress.step
-        self.trackers.saved()
+        if self.saved != progress.step:
+            self.saved = progress.step
+            self.trackers.saved()
         self.learner.accelerator.wait_for_everyone()
 
     def checkpoint_folder(self, progress: Progress) -> Path:

@@ -82,7 +82,10 @@ def reporting(arguments: TrainingArguments) -> list[TrainerCallback]:
 
 
 class Trackers:
-    """Tells `callbacks` and the trackers of --report_to how a run goes. They see the state and may end the run."""
+    """Tells `callbacks` and the trackers of --report_to how a run goes.
+
+    They see the state and the settings, and may ask to log, evaluate and save, and to end the run.
+    """
 
     def __init__(
         self,
