@@ -74,7 +74,7 @@ def measure(name: str) -> dict[str, Any]:
         clock.spent.clear()
         began = time.process_time()
         found = usual(run, progress)
-        rebel.train.finish(run, progress, found, due=False)
+        rebel.train.finish(run, progress, found, last=False)
         total = time.process_time() - began
         rows.append({**clock.spent, "overhead": total - sum(clock.spent.values()), "total": total})
         return found

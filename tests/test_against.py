@@ -384,6 +384,6 @@ def test_a_judge_that_fails_on_the_main_process_fails_there(tmp_path: Path) -> N
     ],
 )
 def test_settings_that_do_not_go_together(words: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
-    given = ["--model_name_or_path", "m", "--dataset_name", "d", "--reward_funcs", "r.py:f", "--iterations", "1"]
+    given = ["--model_name_or_path", "m", "--dataset_name", "d", "--reward_funcs", "exact_match", "--iterations", "1"]
     assert main(["train", *given, *words]) == 2
     assert said in capsys.readouterr().err

@@ -18,7 +18,7 @@ from rebel.cli import main, spelled
 from rebel.config import RebelConfig
 from rebel.errors import RebelError, RunStopped
 
-INPUTS = ["--model_name_or_path", "m", "--dataset_name", "d", "--reward_funcs", "r.py:f"]
+INPUTS = ["--model_name_or_path", "m", "--dataset_name", "d", "--reward_funcs", "exact_match"]
 RUN = [*INPUTS, "--iterations", "5"]
 
 
@@ -76,7 +76,7 @@ def test_flags_win_over_yaml(trained: list, tmp_path: Path):
         (["--track_kl", "none"], "track_kl", None),
         (["--eta", "auto"], "eta", "auto"),
         (["--learning-rate", "1e-4"], "learning_rate", 1e-4),
-        (["--reward_funcs", "b", "--reward-funcs", "c"], "reward_funcs", ["r.py:f", "b", "c"]),
+        (["--reward_funcs", "b", "--reward-funcs", "c"], "reward_funcs", ["exact_match", "b", "c"]),
         (["--reward_weights", "-0.5"], "reward_weights", [-0.5]),
         (["--lr_scheduler_kwargs", "{num_cycles: 2}"], "lr_scheduler_kwargs", {"num_cycles": 2}),
         (["--resume"], "resume_from_checkpoint", True),

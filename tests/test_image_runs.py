@@ -38,8 +38,8 @@ from rebel.validate import validate
 PROMPTS = [Prompt("a cat"), Prompt("the red house")]
 GIVEN: dict[str, Any] = {
     "pipeline_name_or_path": "a/pipeline",
-    "dataset_name": "prompts.txt",
-    "reward_funcs": ["r.py:f"],
+    "dataset_name": "owner/prompts",
+    "reward_funcs": ["exact_match"],
     "iterations": 2,
 }
 

@@ -476,3 +476,38 @@ def test_settings_of_vllm_that_do():
     run = {"model_name_or_path": "m", "dataset_name": "d", "reward_funcs": ["f"], "iterations": 1}
     validate(RebelConfig(**run, **SERVER, one_step_ahead=True, vllm_weights_dir="x", vllm_deadline=3.0))
     validate(RebelConfig(**run, sampler="vllm", vllm_gpu_memory_utilization=0.5, vllm_max_mismatch=0.1))
+
+
+def test_paths_that_lead_nowhere_are_named_together_before_anything_is_loaded(tmp_path: Path) -> None:
+    given = {
+        "model_name_or_path": str(tmp_path / "model"),
+        "adapter_path": "./adapter",
+        "dataset_name": "rows.jsonl",
+        "reward_funcs": [str(tmp_path / "mine.py:score"), "exact_match"],
+        "iterations": 1,
+    }
+    with pytest.raises(RebelError) as refused:
+        validate(RebelConfig(**given))
+    said = str(refused.value)
+    for words in (
+        f"--model_name_or_path {tmp_path / 'model'}: there is no such folder",
+        "--adapter_path ./adapter: there is no such folder",
+        "--dataset_name rows.jsonl: there is no such file",
+        f"--reward_funcs {tmp_path / 'mine.py:score'}: there is no file {tmp_path / 'mine.py'}",
+    ):
+        assert words in said
+    (tmp_path / "mine.py").touch()
+    (tmp_path / "model").mkdir()
+    there = given | {"adapter_path": None, "dataset_name": "owner/rows"}
+    validate(RebelConfig(**there))
+
+
+def test_a_length_given_later_takes_the_place_of_any_given_before() -> None:
+    before = {"iterations": 6, "eta": 2.0}
+    assert (resolve(before, {"max_steps": 8}).iterations, resolve(before, {"max_steps": 8}).max_steps) == (None, 8)
+    assert (resolve(before, {"rounds": 3}).iterations, resolve(before, {"rounds": 3}).rounds) == (None, 3)
+    assert resolve(before, {"from_rollouts": "rolls"}).iterations is None
+    assert resolve(before, {"eta": 3.0}).iterations == 6
+    assert resolve({"num_train_epochs": 1.0, "max_steps": 4}).num_train_epochs == 1.0, (
+        "both in one layer: the checks complain"
+    )

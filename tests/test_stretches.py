@@ -381,7 +381,7 @@ def test_stretches_are_chosen_where_every_reward_says_that_it_judges_beginnings(
     ],
 )
 def test_what_cannot_be_is_refused(settings: dict[str, Any], said: str) -> None:
-    given = {"model_name_or_path": "m", "dataset_name": "d", "reward_funcs": ["r.py:f"], "iterations": 1}
+    given = {"model_name_or_path": "m", "dataset_name": "d", "reward_funcs": ["exact_match"], "iterations": 1}
     with pytest.raises(RebelError, match=re.escape(said)):
         validate(RebelConfig(**{**given, "credit": "stretch", **settings}))
 

@@ -15,7 +15,8 @@ from rebel.samplers.server import PREFIX as SENT
 METRICS, SAMPLES, SETTINGS, FAILED = "metrics.jsonl", "samples.jsonl", "config.yaml", "failed_reward.json"
 BEST, ROUNDS, IMAGES = "best", "rounds", "images"
 OPPONENTS = "eval_opponents.jsonl"
-MODEL = ("config.json", "adapter_config.json", "model_index.json", "model.safetensors", "adapter_model.safetensors")
+WEIGHTS = ("model.safetensors", "adapter_model.safetensors", "pytorch_lora_weights.safetensors")
+MODEL = ("config.json", "adapter_config.json", "model_index.json", *WEIGHTS)
 """Files by which a saved model is known, whoever made it."""
 JUDGED = "opponents.jsonl"
 LEFTOVERS = (METRICS, SAMPLES, SETTINGS, FAILED, "report.html", JUDGED)

@@ -8,7 +8,7 @@ from typing import Any
 from rebel.cli.options import command, folder_of, holding
 from rebel.errors import RebelError
 
-MODEL = ("config.json", "adapter_config.json", "model_index.json")
+MODEL = ("config.json", "adapter_config.json", "model_index.json", "pytorch_lora_weights.safetensors")
 """By which a saved model is known."""
 
 

@@ -16,19 +16,20 @@ from rebel.validate.length import length, no_large_batch
 from rebel.validate.method import credit, minibatches, mixture, sampling, step
 from rebel.validate.numbers import counts, ranges
 from rebel.validate.offline import offline
+from rebel.validate.paths import paths
 from rebel.validate.said import Check
 from rebel.validate.schedule import schedule
 from rebel.validate.tracking import tracking
 from rebel.validate.vllm import meanwhile, vllm
 from rebel.validate.weights import adapter, precision
 
-INPUTS = (has_inputs,)
+INPUTS = (has_inputs, paths)
 CHECKS = (
     *(counts, ranges, step, credit, sampling, minibatches, schedule, precision, length, no_large_batch, evaluation),
     *(folders, reward_weights, judge, mixture, adapter, offline, one_kind, vllm, meanwhile, tracking),
 )
 DRAWING = (folder_of_rollouts, counts, ranges, sampling, precision, adapter, vllm)
-SCORING = (has_reward, reward_weights)
+SCORING = (has_reward, reward_weights, paths)
 
 
 def validate(config: RebelConfig, *, inputs: bool = True) -> RebelConfig:
@@ -42,7 +43,7 @@ def validate(config: RebelConfig, *, inputs: bool = True) -> RebelConfig:
 
 def validate_drawing(config: RebelConfig, *, prompts: bool = True) -> RebelConfig:
     """The settings of `rebel rollout`, checked: those of a run, of which it needs no reward and no length."""
-    return checked(config, ((has_model, has_prompts) if prompts else (has_model,)) + DRAWING)
+    return checked(config, ((has_model, has_prompts, paths) if prompts else (has_model, paths)) + DRAWING)
 
 
 def validate_scoring(config: RebelConfig) -> RebelConfig:
