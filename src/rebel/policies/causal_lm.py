@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rebel.errors import RebelError
 from rebel.policies.footprint import Footprint, footprint
-from rebel.policies.layouts import Layout
+from rebel.policies.layouts import Apart, Layout
 from rebel.policies.rows import WHOLE, Rows, Stretches
 from rebel.policies.scorer import Former, LanguageModel, Scorer, divergence_of, most_logits
 from rebel.policies.sparing import Sparing
@@ -31,9 +31,9 @@ class CausalLM:
     tokenizer: PreTrainedTokenizerBase
     eos_ids: frozenset[int]
     chat_template_kwargs: dict
-    layout: Layout
+    layout: Layout = Apart()
     """How traces go through the model."""
-    footprint: Footprint
+    footprint: Footprint = Footprint()
     """What a backward pass keeps of what goes through the model."""
     sparing: Sparing = nullcontext
     """How a backward pass keeps less in memory."""

@@ -50,7 +50,7 @@ class Show:
 def run(show: Show, config: RebelConfig) -> None:
     """The model that is to be improved, REBEL, and what came of it."""
     began, folder = time.monotonic(), Path(config.output_dir)
-    config = validate(config)
+    config = validate(config, inputs=False)  # which are yet to be made
     make_folder(config)
     quiet()
     print(f"1. {show.teaching}", flush=True)
