@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -31,9 +31,9 @@ class CausalLM:
     tokenizer: PreTrainedTokenizerBase
     eos_ids: frozenset[int]
     chat_template_kwargs: dict
-    layout: Layout = Apart()
+    layout: Layout = field(default_factory=Apart)
     """How traces go through the model."""
-    footprint: Footprint = Footprint()
+    footprint: Footprint = field(default_factory=Footprint)
     """What a backward pass keeps of what goes through the model."""
     sparing: Sparing = nullcontext
     """How a backward pass keeps less in memory."""
