@@ -60,8 +60,12 @@ def _mapping(value: Any) -> dict[str, Any]:
     return dict(mapping)
 
 
+def is_nothing(value: Any) -> bool:
+    return str(value).lower() in NOTHING
+
+
 def _nothing(value: Any) -> None:
-    if str(value).lower() not in NOTHING:
+    if not is_nothing(value):
         raise ValueError(value)
 
 

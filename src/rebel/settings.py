@@ -16,7 +16,7 @@ import yaml
 
 from rebel import config as config_module
 from rebel.config import RebelConfig
-from rebel.convert import expected, shown, typed
+from rebel.convert import expected, is_nothing, shown, typed
 from rebel.elsewhere import unknown
 from rebel.errors import RebelError
 
@@ -97,8 +97,8 @@ def resolve(*layers: Mapping[str, Any]) -> RebelConfig:
 
 
 def said_anew(layer: Mapping[str, Any]) -> bool:
-    """Whether a layer says how long to train; rollouts that are given do."""
-    return any(name in layer for name in (*LENGTHS, "from_rollouts"))
+    """Whether a layer says how long to train; rollouts that are given do, and a length of null does not."""
+    return not all(is_nothing(layer.get(name)) for name in (*LENGTHS, "from_rollouts"))
 
 
 def dump(config: RebelConfig) -> str:
