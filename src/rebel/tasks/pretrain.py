@@ -75,15 +75,16 @@ def small_llama(tokenizer: PreTrainedTokenizerFast, recipe: Recipe, positions: i
 def lessons(tokenizer: PreTrainedTokenizerFast, examples: Sequence[tuple[str, str]]) -> Lessons:
     """Pairs of prompt and answer as rows of equal length; the prompts are read and not learnt."""
     end = tokenizer.get_vocab()[EOS]
-    asked = [tokenizer(prompt).input_ids for prompt, _ in examples]
-    told = [[*tokenizer(answer).input_ids, end] for _, answer in examples]
-    length = max(len(p) + len(a) for p, a in zip(asked, told, strict=True))
-    ids = torch.full((len(examples), length), end)
-    targets = torch.full((len(examples), length), IGNORED)
-    for row, (prompt, answer) in enumerate(zip(asked, told, strict=True)):
-        ids[row, : len(prompt) + len(answer)] = torch.tensor(prompt + answer)
-        targets[row, len(prompt) - 1 : len(prompt) + len(answer) - 1] = torch.tensor(answer)
-    return Lessons(ids, targets)
+    texts = list(dict.fromkeys(text for pair in examples for text in pair))
+    known = dict(zip(texts, tokenizer(texts).input_ids, strict=True))
+    pairs = [(known[prompt], [*known[answer], end]) for prompt, answer in examples]
+    length = max(len(prompt) + len(answer) for prompt, answer in pairs)
+    ids, targets = [], []
+    for prompt, answer in pairs:
+        rest = length - len(prompt) - len(answer)
+        ids.append(prompt + answer + [end] * rest)
+        targets.append([IGNORED] * (len(prompt) - 1) + answer + [IGNORED] * (rest + 1))
+    return Lessons(torch.tensor(ids), torch.tensor(targets))
 
 
 @torch.no_grad()
@@ -101,7 +102,7 @@ def teach(model: LlamaForCausalLM, course: Lessons, recipe: Recipe) -> None:
     schedule = get_linear_schedule_with_warmup(optimizer, recipe.warmup, len(course) // recipe.batch)
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(recipe.memory))
     for rows in torch.arange(len(course)).split(recipe.batch):
-        logits = model(input_ids=course.ids[rows]).logits
+        logits = model(input_ids=course.ids[rows], use_cache=False).logits
         cross_entropy(logits.flatten(0, 1), course.targets[rows].flatten(), ignore_index=IGNORED).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
