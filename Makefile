@@ -22,7 +22,7 @@ quickstart-images: install
 	$(BIN)/rebel quickstart images
 
 test: install
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 # vLLM for machines without a GPU asks for other versions of some packages than we do: it has an environment of its own.
 $(VENV_VLLM)/.installed: pyproject.toml constraints.txt tests/with_vllm/requirements.py

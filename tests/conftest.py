@@ -14,6 +14,15 @@ torch.set_num_threads(1)
 DATA = Path(os.environ.get("REBEL_DATA") or Path(__file__).resolve().parents[2] / "shared" / "data")
 
 
+LONGEST = ("test_quickstart.py", "test_image_runs.py", "test_distributed.py", "test_rollouts.py", "test_loop.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files first, so that no process is left alone with one at the end."""
+    order = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path.name, len(LONGEST)))
+
+
 @pytest.fixture(autouse=True)
 def one_seed() -> None:
     torch.manual_seed(0)

@@ -62,7 +62,7 @@ FOREIGN = {
     "checkpoint": {"torch", "numpy", "safetensors"},
     "data": {"torch", "datasets"},
     "iterates": {"torch", "safetensors"},
-    "policies": PURE | {"transformers", "peft", "trl", "diffusers"},
+    "policies": PURE | {"transformers", "peft", "trl", "diffusers", "numpy"},
     "samplers": PURE | {"transformers", "peft", "numpy", "safetensors", "httpx", "packaging"},
     "rewards": PURE | {"transformers", "trl", "openai", "safetensors"},
     "report": {"rich", "jinja2", "markupsafe", "yaml"},

@@ -45,9 +45,10 @@ def pieces_of(traces: Sequence[Any], cost: Cost, budget: int) -> list[Piece]:
 
 def bundles(traces: Sequence[Any], cost: Cost) -> list[list[Any]]:
     """Runs of neighbours, each of which costs less together with the one before it than apart from it."""
+    alone = [cost([trace]) for trace in traces]
     found: list[list[Any]] = []
-    for trace in traces:
-        if found and cost([found[-1][-1], trace]) < cost(found[-1][-1:]) + cost([trace]):
+    for k, trace in enumerate(traces):
+        if k and cost(traces[k - 1 : k + 1]) < alone[k - 1] + alone[k]:
             found[-1].append(trace)
         else:
             found.append([trace])

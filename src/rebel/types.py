@@ -113,6 +113,11 @@ class TokenTrace:
     def written(self) -> tuple[bool, ...]:
         return self.mask if self.mask is not None else (True,) * len(self.completion)
 
+    @property
+    def tokens_written(self) -> int:
+        """How many tokens of the completion the policy wrote."""
+        return len(self.completion) if self.mask is None else sum(self.mask)
+
     def __len__(self) -> int:
         return len(self.prompt) + len(self.completion)
 

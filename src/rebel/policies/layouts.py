@@ -134,4 +134,4 @@ def prompted(traces: Sequence[TokenTrace]) -> bool:
 
 def written(traces: Sequence[TokenTrace]) -> int:
     """How many tokens the policy wrote."""
-    return sum(map(sum, (trace.written for trace in traces)))
+    return sum(trace.tokens_written for trace in traces)

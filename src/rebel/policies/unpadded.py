@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import compress
 from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from rebel.policies.rows import Places, attention_in, attention_of, backbone, families
+from rebel.policies.rows import Places, attention_in, attention_of, backbone, families, grid
 from rebel.types import TokenTrace
 
 BLOCKS = "blocks"
@@ -128,25 +128,27 @@ def windowed(config: Any) -> bool:
 def unpadded(traces: Sequence[TokenTrace], device: torch.device, share: bool = True) -> Unpadded:
     """The traces, with a prompt of several once if it is to be shared. Every prompt has a token at least."""
     row = Row()
-    places: list[tuple[int, int, int]] = []  # trace, token, where the prediction is made
+    owners: list[int] = []  # of each written token: its trace, itself, and where its prediction is made
+    targets: list[int] = []
+    places: list[int] = []
     for prompt, members in families(traces).items():
         shared = share and len(members) > 1
         head = row.add(prompt) if shared else 0
         for index in members:
-            trace = traces[index]
-            written = [k for k, own in enumerate(trace.written) if own]
+            own = traces[index]
             if shared:
-                begins = row.add(trace.completion[:-1], head, len(prompt))
-                first = head + len(prompt) - 1
+                begins, last = row.add(own.completion[:-1], head, len(prompt)), head + len(prompt) - 1
             else:
-                begins = row.add(prompt + trace.completion[:-1]) + len(prompt)
-                first = begins - 1
-            places += [(index, trace.completion[k], begins + k - 1 if k else first) for k in written]
+                begins = row.add(prompt + own.completion[:-1]) + len(prompt)
+                last = begins - 1
+            owners += [index] * own.tokens_written
+            targets += compress(own.completion, own.written)
+            places += compress((last, *range(begins, begins + len(own.completion) - 1)), own.written)
     together = row.bundles()
-    blocks, order = tuple(block(runs, device) for runs in together), order_of(together).to(device)
-    index, target, before = torch.tensor(places, device=device).view(-1, 3).unbind(dim=1)
-    ids, positions = torch.tensor([row.ids, row.positions], device=device).unbind()
-    return Unpadded(ids[None], positions[None], index, target, before, blocks, order, len(traces))
+    blocks, order = tuple(block(runs, device) for runs in together), grid([order_of(together)], device)[0]
+    ids, positions = grid([row.ids, row.positions], device)[:, None]
+    trace, target, before = grid([owners, targets, places], device)
+    return Unpadded(ids, positions, trace, target, before, blocks, order, len(traces))
 
 
 @dataclass
@@ -172,14 +174,14 @@ class Row:
         return bundles(roots) + bundles([run for run in self.runs if run.before])
 
 
-def order_of(blocks: Sequence[Sequence[Run]]) -> Int[Tensor, " T"]:
+def order_of(blocks: Sequence[Sequence[Run]]) -> list[int]:
     """Where each token of the row stands in the outcomes of all blocks, padding included."""
-    order = torch.empty(sum(run.length for runs in blocks for run in runs), dtype=torch.long)
+    order = [0] * sum(run.length for runs in blocks for run in runs)
     done = 0
     for runs in blocks:
         longest = max(run.length for run in runs)
         for run in runs:
-            order[run.begins : run.begins + run.length] = torch.arange(done, done + run.length)
+            order[run.begins : run.begins + run.length] = range(done, done + run.length)
             done += longest
     return order
 
@@ -200,10 +202,8 @@ def bundles(runs: Sequence[Run]) -> list[list[Run]]:
 
 
 def block(runs: Sequence[Run], device: torch.device) -> Block:
-    query = [torch.arange(run.begins, run.begins + run.length) for run in runs]
-    key = [torch.tensor(run.keys()) for run in runs]
     return Block(
-        pad_sequence(query, batch_first=True).to(device),
-        pad_sequence(key, batch_first=True).to(device),
+        grid([range(run.begins, run.begins + run.length) for run in runs], device),
+        grid([run.keys() for run in runs], device),
         torch.tensor([run.before for run in runs], device=device),
     )
