@@ -128,7 +128,9 @@ def test_a_trained_policy_can_be_sampled_and_trained_again() -> None:
     policy = tiny.policy()
     for _ in range(2):
         drawn = completions(policy, (2, 5), 2, seed=0)
+        policy.model.zero_grad()
         policy.backward([c.trace for c in drawn], torch.ones_like, lambda loss: loss.backward())
+        assert all(bool(weight.grad.abs().any()) for weight in policy.model.parameters())
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "mistral"])

@@ -183,7 +183,8 @@ def test_imports_stand_at_the_top() -> None:
 
 @pytest.mark.parametrize("name", sorted(files()))
 def test_every_module_can_be_imported(name: str) -> None:
-    importlib.import_module(f"rebel.{name}" if name != "__init__" else "rebel")
+    module = importlib.import_module(f"rebel.{name}" if name != "__init__" else "rebel")
+    assert module.__file__ == str(files()[name])
 
 
 def without_torch(code: str) -> subprocess.CompletedProcess[str]:

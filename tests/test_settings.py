@@ -267,7 +267,8 @@ def test_a_plain_run_is_valid_and_validation_changes_nothing():
     ],
 )
 def test_what_is_allowed(values: dict[str, Any]):
-    validate(resolve({**RUN, **values}))
+    config = resolve({**RUN, **values})
+    assert validate(config) == config
 
 
 @pytest.mark.parametrize(
@@ -472,10 +473,16 @@ def test_settings_of_vllm_that_make_no_sense(given: dict[str, Any], words: str):
         validate(RebelConfig(**{**run, **given}))
 
 
-def test_settings_of_vllm_that_do():
-    run = {"model_name_or_path": "m", "dataset_name": "d", "reward_funcs": ["f"], "iterations": 1}
-    validate(RebelConfig(**run, **SERVER, one_step_ahead=True, vllm_weights_dir="x", vllm_deadline=3.0))
-    validate(RebelConfig(**run, sampler="vllm", vllm_gpu_memory_utilization=0.5, vllm_max_mismatch=0.1))
+@pytest.mark.parametrize(
+    "given",
+    [
+        {**SERVER, "one_step_ahead": True, "vllm_weights_dir": "x", "vllm_deadline": 3.0},
+        {"sampler": "vllm", "vllm_gpu_memory_utilization": 0.5, "vllm_max_mismatch": 0.1},
+    ],
+)
+def test_settings_of_vllm_that_do(given: dict[str, Any]):
+    config = RebelConfig(model_name_or_path="m", dataset_name="d", reward_funcs=["f"], iterations=1, **given)
+    assert validate(config) == config
 
 
 def test_paths_that_lead_nowhere_are_named_together_before_anything_is_loaded(tmp_path: Path) -> None:

@@ -61,6 +61,7 @@ def _mapping(value: Any) -> dict[str, Any]:
 
 
 def is_nothing(value: Any) -> bool:
+    """Whether the value says that there is none, in YAML, Python or words."""
     return str(value).lower() in NOTHING
 
 
