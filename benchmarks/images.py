@@ -119,7 +119,7 @@ def evaluated(row: Row) -> dict[str, Any]:
     return {
         "samples": row["samples"],
         "reward": row["eval/reward"],
-        "judge": row["eval/judge/svm_accuracy"],
+        "judge": row["eval/judges/svm_accuracy"],
         "kl": row.get("eval/kl_initial"),
     }
 

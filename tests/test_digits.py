@@ -109,7 +109,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_rebel_makes_it_draw_what_it_is_asked_for(folder: Path) -> None:
     first, *between, last = read_rows(folder / "metrics.jsonl")
-    assert first["eval/judge/svm_accuracy"] < 0.5 and last["eval/judge/svm_accuracy"] > 0.65
+    assert first["eval/judges/svm_accuracy"] < 0.5 and last["eval/judges/svm_accuracy"] > 0.65
     assert last["eval/reward"] > first["eval/reward"] + 1.0
     assert last["samples"] == 16 * 128
     assert between[0]["kl_initial"] == 0.0 < last["kl_initial"]

@@ -271,10 +271,10 @@ def test_judges_give_means_over_prompts_and_their_error() -> None:
 
     rollouts = drawn([plain(), plain("black")], [plain(), noise(size=8)])
     found = verdicts(Weighted([PerCompletion(red), PerCompletion(large)])(rollouts))
-    assert found["eval/judge/red"] == pytest.approx(0.75)
-    assert found["eval/judge/red_stderr"] == pytest.approx(np.std([0.5, 1.0], ddof=1) / math.sqrt(2))
-    assert found["eval/judge/large"] == pytest.approx(0.75)
-    assert set(found) == {f"eval/judge/{name}{end}" for name in ("red", "large") for end in ("", "_stderr")}
+    assert found["eval/judges/red"] == pytest.approx(0.75)
+    assert found["eval/judges/red_stderr"] == pytest.approx(np.std([0.5, 1.0], ddof=1) / math.sqrt(2))
+    assert found["eval/judges/large"] == pytest.approx(0.75)
+    assert set(found) == {f"eval/judges/{name}{end}" for name in ("red", "large") for end in ("", "_stderr")}
 
 
 def test_an_evaluation_keeps_pictures_as_pictures() -> None:

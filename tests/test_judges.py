@@ -380,4 +380,4 @@ def test_evaluations_are_against_what_was_seen_first(tmp_path: Path) -> None:
     assert rates(first, "aaa", "aa", "c") == pytest.approx([1.0, 0.75, 0.25])
     resumed = AgainstFirst(WinRate(FunctionJudge(longer)), tmp_path / "run" / "opponents.jsonl")
     assert rates(resumed, "aaa") == [1.0]
-    assert judge.notes.take_metrics()["eval/judge/swap_gap"] == 0
+    assert judge.notes.take_metrics()["judge/swap_gap"] == 0

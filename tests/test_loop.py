@@ -547,6 +547,22 @@ def test_rows_begin_with_the_initial_policy_and_have_the_promised_keys(whole: Jo
         assert "eval/reward" in row
 
 
+def test_what_a_reward_writes_down_is_told_apart_by_where(tmp_path: Path) -> None:
+    def talks(completions: list[str], log_metric: Any, **kwargs: Any) -> list[float]:
+        log_metric("asked", len(completions))
+        log_metric("reward", -1.0)
+        return [float(len(text)) for text in completions]
+
+    made = tiny.trained(tmp_path, reward=talks)
+    first, *later = tiny.rows(tmp_path)
+    per_iteration = made.config.prompts_per_iteration * made.config.num_generations
+    assert "asked" not in first and first["eval/asked"] == made.config.eval_prompts * made.config.eval_generations
+    assert [row["asked"] for row in later] == [per_iteration] * len(later)
+    assert all(row["reward"] > 0 and row["eval/reward"] > 0 for row in later), (
+        "what the loop measures itself goes first"
+    )
+
+
 @pytest.mark.parametrize("better", [True, False])
 def test_the_best_policy_is_the_result_when_asked(tmp_path: Path, better: bool) -> None:
     made = tiny.trained(

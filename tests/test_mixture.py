@@ -204,6 +204,9 @@ def test_a_run_with_a_judge_in_place_of_a_reward(tmp_path: Path) -> None:
     assert [row["reward"] for row in written[1:]] == pytest.approx([0.5, 0.5])
     assert all(0.05 < row["judge/swap_gap"] < 0.2 and row["judge/contradictions"] == 0 for row in written[1:])
     assert written[0]["eval/reward"] == pytest.approx(0.5), "the initial policy against itself"
+    assert "judge/swap_gap" not in written[0] and 0.05 < written[-1]["eval/judge/swap_gap"] < 0.2
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "Held-out judges" not in page, "how sure the judge is of itself is no verdict of another one"
     assert written[-1]["eval/rewards/judge"] == written[-1]["eval/reward"] != 0.5
     opponents = [json.loads(line) for line in (tmp_path / "run" / "opponents.jsonl").read_text().splitlines()]
     assert len(opponents) == 3 and all(len(row["completions"]) == 2 for row in opponents)

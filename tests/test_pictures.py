@@ -106,7 +106,7 @@ def test_a_link_out_of_the_run_is_not_followed(tmp_path: Path) -> None:
 
 def judged(*verdicts: float, reward: float = 0.5) -> list[dict[str, Any]]:
     return [
-        {"iteration": t, "eval/reward": reward * t, "eval/judge/svm": verdict, "eval/judge/svm_stderr": 0.01}
+        {"iteration": t, "eval/reward": reward * t, "eval/judges/svm": verdict, "eval/judges/svm_stderr": 0.01}
         for t, verdict in enumerate(verdicts)
     ]
 

@@ -147,6 +147,9 @@ def test_functions_read_the_run_and_write_into_its_notes():
     assert notes.columns == {"shown": ["a", "b"]}
     assert notes.take_metrics() == {"step": 3.5}
     assert notes.take_metrics() == {}
+    notes.log_metric("step", 1)
+    of_another = {"step": [2, 6], "theirs": [7]}
+    assert notes.take_metrics(lambda own: [*own, of_another]) == {"step": 3, "theirs": 7}, "means over all processes"
 
 
 class AsyncJudge:

@@ -96,7 +96,7 @@ def verdicts(judged: Sequence[Scored]) -> dict[str, float]:
     apart = {name: [replace(group, rewards=group.components[name]) for group in judged] for name in names(judged)}
     found = {name: reward_metrics(groups) for name, groups in apart.items()}
     return {
-        f"eval/judge/{name}{end}": metrics[f"eval/reward{end}"]
+        f"eval/judges/{name}{end}": metrics[f"eval/reward{end}"]
         for name, metrics in found.items()
         for end in ("", "_stderr")
     }

@@ -6,7 +6,7 @@ It sees protocols only; which model, sampler and rewards they are is `build`'s b
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol, runtime_checkable
 
 from rebel import measures
@@ -28,6 +28,7 @@ class Hooks(Watch, Protocol):
     """Whoever watches over a run: it is told how it goes, keeps what resumes it, and may end it."""
 
     def iterated(self, progress: Progress) -> None: ...
+    def noted(self) -> dict[str, float]: ...
     def evaluation_is_due(self, progress: Progress) -> bool: ...
     def report(self, progress: Progress, metrics: dict[str, float], evaluation: Evaluation | None) -> None: ...
 
@@ -110,6 +111,7 @@ def finish(run: Run, progress: Progress, metrics: measures.Measures, last: bool)
     began = time.perf_counter()
     if progress.iteration:
         run.hooks.iterated(progress)
+    metrics = run.hooks.noted() | metrics
     evaluation = None
     if run.evaluator and (last or not progress.iteration or run.hooks.evaluation_is_due(progress)):
         evaluation = evaluated(run, run.evaluator)
@@ -119,9 +121,14 @@ def finish(run: Run, progress: Progress, metrics: measures.Measures, last: bool)
 
 
 def evaluated(run: Run, evaluator: Evaluator) -> Evaluation:
-    """The averaged iterate, if one is kept, else the last one, as the evaluator sees it."""
+    """The averaged iterate, if one is kept, else the last one, as the evaluator sees it.
+
+    What rewards and samplers note down meanwhile is of the evaluation too, unless that has a number of the same name.
+    """
     with run.learner.use_average():
-        return evaluator(run.learner, run.reference, seed_of(run.seed, EVALUATE), run.hooks)
+        evaluation = evaluator(run.learner, run.reference, seed_of(run.seed, EVALUATE), run.hooks)
+    noted = {f"eval/{name}": value for name, value in run.hooks.noted().items()}
+    return replace(evaluation, metrics=noted | evaluation.metrics)
 
 
 def speeds(drawn: Drawn, metrics: measures.Measures) -> measures.Measures:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
@@ -126,7 +127,7 @@ def assembled(
         mover,
         partial(subject.save, mover),
         len(subject.training),
-        notes.take_metrics,
+        partial(notes.take_metrics, gather_object),
         iterates=iterates,
     )
     parts = subject.parts(mover, judging, notes, iterates, terminal.say)

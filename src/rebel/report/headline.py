@@ -13,7 +13,7 @@ Row = Mapping[str, Any]
 
 RECENT = 5
 MANY_CONTRADICTIONS = 0.1
-JUDGE = "eval/judge/"
+JUDGE = "eval/judges/"
 
 
 @dataclass(frozen=True, slots=True)

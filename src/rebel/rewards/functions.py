@@ -69,10 +69,14 @@ class Notes:
         finally:
             self.columns, self.metrics = columns, metrics
 
-    def take_metrics(self) -> dict[str, float]:
-        """The mean of each number written down since the last call."""
+    def take_metrics(self, gather: Callable[[list[Any]], list[Any]] = list) -> dict[str, float]:
+        """The mean of each number written down since the last call, on all processes that `gather` collects from."""
         taken, self.metrics = self.metrics, {}
-        return {name: sum(values) / len(values) for name, values in taken.items()}
+        everywhere: dict[str, list[float]] = {}
+        for written in gather([taken]):
+            for name, values in written.items():
+                everywhere.setdefault(name, []).extend(values)
+        return {name: sum(values) / len(values) for name, values in everywhere.items()}
 
 
 @dataclass(frozen=True, slots=True)

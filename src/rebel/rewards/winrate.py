@@ -106,7 +106,6 @@ def compared(
     pairs: Sequence[Sequence[tuple[int, int]]],
     swap: bool,
     notes: Notes,
-    prefix: str = "judge",
 ) -> list[Float[Tensor, "G G"]]:
     """P(y_i > y_k) of these pairs of each rollout, both ways; 1/2 on the diagonal, NaN where nobody answered."""
     asked, places = [], []
@@ -124,7 +123,7 @@ def compared(
         if p is not None:
             matrix[i, k], matrix[k, i] = p, 1 - p
     for name, value in verdicts.metrics.items():
-        notes.log_metric(f"{prefix}/{name}", value)
+        notes.log_metric(f"judge/{name}", value)
     return found
 
 
@@ -159,7 +158,7 @@ class AgainstFirst:
             for r, t in zip(rollouts, together, strict=True)
         ]
         pairs = [[(i, k) for i in judged for k in opponents] for judged, opponents in places]
-        found = compared(self.of.judge, together, pairs, self.of.swap, self.of.notes, "eval/judge")
+        found = compared(self.of.judge, together, pairs, self.of.swap, self.of.notes)
         rates = [win_rates(p, opponents)[: len(judged)] for p, (judged, opponents) in zip(found, places, strict=True)]
         return [self.of.scored(rollout, own) for rollout, own in zip(rollouts, rates, strict=True)]
 

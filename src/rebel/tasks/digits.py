@@ -147,7 +147,7 @@ def prepare(folder: Path, recipe: Recipe, seed: int) -> DigitsPipeline:
 
 def outcome(first: Mapping[str, Any], last: Mapping[str, Any]) -> str:
     """Before and after, in words."""
-    before, after = (row["eval/judge/svm_accuracy"] for row in (first, last))
+    before, after = (row["eval/judges/svm_accuracy"] for row in (first, last))
     return (
         f"Drawings that show the digit asked for, by the judge: {before:.1%} before REBEL, {after:.1%} after "
         f"{last['samples']:,} drawings of its own."
