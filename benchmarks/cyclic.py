@@ -33,7 +33,9 @@ from rebel.build.job import Job, build_job
 from rebel.build.model import build_model, build_tokenizer
 from rebel.build.rewards import build_reward
 from rebel.checkpoint import Progress
+from rebel.collect import Online
 from rebel.data import seed_of
+from rebel.evaluators import ByReward
 from rebel.iterates import put
 from rebel.train import iterate
 from rebel.types import Prompt
@@ -122,8 +124,9 @@ def rebel(arguments: argparse.Namespace) -> dict[str, Any]:
             way.append({name: noted[f"style/{name}"] for name in STYLES})
             print(progress.iteration, rounded(way[-1]), f"R2 {metrics['r2_held_out']:.2f}", flush=True)
         iterates = ready.recorder.iterates
-        last, mixture = run.collector.source.sampler, run.evaluator.source.sampler
-        prompts = run.evaluator.prompts
+        collector, evaluator = run.collector, run.evaluator
+        assert isinstance(collector, Online) and isinstance(evaluator, ByReward)
+        last, mixture, prompts = collector.source.sampler, evaluator.source.sampler, evaluator.prompts
         found = {
             "mixture": drawn(mixture, prompts, PER_PROMPT, arguments.seed),
             "last": drawn(last, prompts, PER_PROMPT, arguments.seed),

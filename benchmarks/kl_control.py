@@ -22,8 +22,10 @@ from ours import Settings, job
 
 from rebel.build.job import Job
 from rebel.checkpoint import Progress
+from rebel.collect import Online
 from rebel.data import seed_of
 from rebel.job import prepare
+from rebel.policies.causal_lm import CausalLM
 from rebel.policies.rows import padded
 from rebel.tasks import arithmetic
 from rebel.train import iterate
@@ -48,7 +50,9 @@ def arithmetic_job(seed: int, iterations: int, folder: str) -> Job:
 def measured_kl(ready: Job, before: list[torch.Tensor], seed: int) -> float:
     """KL(pi_{t+1} || pi_t) in nats per completion: at every token of completions drawn from pi_{t+1}, the KL of the
     next token's whole distribution. Unbiased, and far less noisy than log-ratios of what was drawn."""
-    learner, source = ready.run.learner, ready.run.collector.source
+    learner, collector = ready.run.learner, ready.run.collector
+    assert isinstance(collector, Online)
+    source = collector.source
     prompts = source.stream.take(seed_of(seed) % 100_000, FRESH_PROMPTS)
     traces = [trace for group in source.sampler(prompts, 1, seed) for trace in group.traces]
     now = [next_tokens(ready, traces[k : k + 64]) for k in range(0, len(traces), 64)]
@@ -63,6 +67,7 @@ def measured_kl(ready: Job, before: list[torch.Tensor], seed: int) -> float:
 def next_tokens(ready: Job, traces: list[TokenTrace]) -> torch.Tensor:
     """log-probabilities of every next token, at every place of the completions."""
     policy = ready.run.learner.policy
+    assert isinstance(policy, CausalLM)
     ids, written = padded(traces, policy.device)
     logits = policy.model(input_ids=ids, use_cache=False).logits[:, :-1]
     return logits[written[:, 1:]].log_softmax(dim=-1)

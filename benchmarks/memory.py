@@ -42,7 +42,7 @@ def peak(action: Callable[[], Any]) -> int:
     """Most bytes that tensors made by the action take at once."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
         action()
-    events = [event for event in seen.profiler.kineto_results.events() if event.name() == "[memory]"]
+    events: list[Any] = [event for event in seen.profiler.kineto_results.events() if event.name() == "[memory]"]
     now = most = 0
     for event in sorted(events, key=lambda event: event.start_ns()):
         now += event.nbytes()
@@ -106,7 +106,7 @@ def update(work: Work) -> Found:
     pieces = [[traces[i] for i in piece.traces] for piece in plan(groups, policy.cost, work.budget)]
     fullest = max(pieces, key=policy.cost)
     most = peak(lambda: mover.update(groups, lambda places, logp: torch.ones_like(logp))) / MIB
-    return Found(round(most, 1), policy.cost(fullest), policy.load(fullest).tokens, len(fullest))
+    return Found(round(most, 1), policy.cost(fullest), policy.layout.load(fullest).tokens, len(fullest))
 
 
 def flat(found: dict[str, Found]) -> float:

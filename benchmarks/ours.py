@@ -25,6 +25,7 @@ from rebel.build.job import Job, build_job
 from rebel.build.model import build_model, build_tokenizer
 from rebel.build.rewards import build_reward
 from rebel.checkpoint import Progress
+from rebel.policies.causal_lm import CausalLM
 from rebel.train import iterate
 from rebel.types import Prompt
 
@@ -121,6 +122,7 @@ def evaluate(ready: Job, held_out: list[str], task: str, seed: int) -> dict[str,
     """The peers' own evaluation, of the averaged iterate if one is kept."""
     learner = ready.run.learner
     policy = learner.policy
+    assert isinstance(policy, CausalLM)
     with learner.use_average():
         return asdict(story.evaluate(policy.model, policy.tokenizer, held_out, story.REWARDS[task], seed=seed))
 

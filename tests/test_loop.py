@@ -547,6 +547,15 @@ def test_rows_begin_with_the_initial_policy_and_have_the_promised_keys(whole: Jo
         assert "eval/reward" in row
 
 
+def test_the_plan_says_how_long_a_run_is(tmp_path: Path) -> None:
+    plan = "\n".join(tiny.job(tmp_path).plan)
+    assert "6 prompts x 4 completions = 24 samples of at most 6 tokens" in plan
+    assert "3 optimiser steps, about 2 prompts (8 completions) each" in plan
+    assert "3 iterations = 9 optimiser steps, 72 samples, 1.06 passes over the prompts" in plan
+    short = "\n".join(tiny.job(tmp_path, iterations=1, steps_per_iteration=1).plan)
+    assert "1 iteration = 1 optimiser step, 24 samples" in short
+
+
 def test_what_a_reward_writes_down_is_told_apart_by_where(tmp_path: Path) -> None:
     def talks(completions: list[str], log_metric: Any, **kwargs: Any) -> list[float]:
         log_metric("asked", len(completions))

@@ -72,10 +72,10 @@ def describe(
         f"prompts      {prompts:,} to train on, {evaluated:,} to evaluate on{lost}",
         f"iteration    {config.prompts_per_iteration} prompts x {group} completions = {drawn:,} samples of at most "
         f"{config.max_completion_length} tokens",
-        f"regression   {steps} optimiser steps{passes}, about {per_step:g} prompt{'s' * (per_step != 1)} "
+        f"regression   {counted(steps, 'optimiser step')}{passes}, about {counted(per_step, 'prompt')} "
         f"({per_step * group:g} completions) each, {config.pairing} pairs",
         f"step         {step_in_words(config)}",
-        f"run          {iterations:,} iterations = {iterations * steps:,} optimiser steps, "
+        f"run          {length_in_words(iterations, steps)}, "
         f"{samples}{iterations * config.prompts_per_iteration / max(prompts, 1):.2f} passes over the prompts",
         *last_lines(config, world, memory, layout),
     ]
@@ -96,14 +96,25 @@ def describe_images(config: RebelConfig, prompts: int, evaluated: int, iteration
         f"prompts      {prompts:,} to train on, {evaluated:,} to evaluate on",
         f"iteration    {config.prompts_per_iteration} prompts x {group} images = {drawn:,} samples of "
         f"{config.denoising_steps} denoising steps",
-        f"{config.algorithm.ljust(12)} {steps} optimiser steps{passes}, about {per_step:g} "
-        f"prompt{'s' * (per_step != 1)} ({per_step * group:g} images) each, {regression}",
+        f"{config.algorithm.ljust(12)} {counted(steps, 'optimiser step')}{passes}, about {counted(per_step, 'prompt')} "
+        f"({per_step * group:g} images) each, {regression}",
         *([f"step         {step_in_words(config)}"] if config.algorithm == "rebel" else []),
-        f"run          {iterations:,} iterations = {iterations * steps:,} optimiser steps, "
+        f"run          {length_in_words(iterations, steps)}, "
         f"{iterations * drawn:,} samples, "
         f"{iterations * config.prompts_per_iteration / max(prompts, 1):.2f} passes over the prompts",
         f"processes    {world}, {config.images_per_micro_batch} images at once (no effect on the result)",
     ]
+
+
+def length_in_words(iterations: int, steps: int) -> str:
+    """How long a run is, of so many optimiser steps an iteration."""
+    return f"{counted(iterations, 'iteration')} = {counted(iterations * steps, 'optimiser step')}"
+
+
+def counted(count: int | float, noun: str) -> str:
+    """So many of them, in words."""
+    number = f"{count:,}" if isinstance(count, int) else f"{count:g}"
+    return f"{number} {noun}{'s' * (count != 1)}"
 
 
 def last_lines(config: RebelConfig, world: int, memory: Memory, layout: str) -> list[str]:

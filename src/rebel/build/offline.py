@@ -23,7 +23,7 @@ from rebel.offline.anchors import AnchorFile, hash_of_weights
 from rebel.offline.collector import ByPairs, EtaOfData, Offline, Recordings
 from rebel.offline.preferences import Reading, format_of, read, reading_of
 from rebel.offline.recorded import Groups, Tokens, groups_of
-from rebel.plan import Memory, last_lines, step_in_words
+from rebel.plan import Memory, counted, last_lines, length_in_words, step_in_words
 from rebel.policies.causal_lm import CausalLM
 from rebel.rewards.combine import Weighted
 from rebel.stepsize import AutoEta, GivenEta, StepRule
@@ -187,11 +187,10 @@ def describe_offline(
         f"on, {sum(map(len, held)):,} to evaluate on; left out: {'; '.join(reasons) or 'nothing'}",
         f"margins      {margins_in_words(training.how, config)}",
         f"anchor       the initial policy: {'; '.join(map(anchor_in_words, recordings))}",
-        f"regression   {steps} optimiser steps for {config.prompts_per_iteration} groups, about "
+        f"regression   {counted(steps, 'optimiser step')} for {counted(config.prompts_per_iteration, 'group')}, about "
         f"{config.prompts_per_iteration / config.steps_per_iteration:g} each, {config.pairing} pairs",
         f"step         {step_in_words(config)}",
-        f"run          {iterations:,} iterations = {iterations * steps:,} optimiser steps, "
-        f"{taken / len(training):.2f} epochs",
+        f"run          {length_in_words(iterations, steps)}, {taken / len(training):.2f} epochs",
         *last_lines(config, world, memory, layout),
     ]
 
