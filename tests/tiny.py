@@ -195,3 +195,11 @@ def rows(folder: Path) -> list[dict[str, Any]]:
     """What was measured, but for the times."""
     timed = ("seconds/", "tokens_per_second", "images_per_second")
     return [{k: v for k, v in row.items() if not k.startswith(timed)} for row in read_rows(folder / "metrics.jsonl")]
+
+
+def mismatches(rows: Sequence[dict[str, Any]]) -> list[float]:
+    """How far vLLM was from the trainer in each iteration and in each evaluation: a row has at least one of them."""
+    names = ("sampler/mismatch", "eval/sampler/mismatch")
+    of_rows = [[row[name] for name in names if name in row] for row in rows]
+    assert of_rows and all(of_rows)
+    return [value for values in of_rows for value in values]
