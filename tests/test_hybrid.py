@@ -184,6 +184,7 @@ def test_a_hybrid_run_learns_from_what_it_would_not_draw(tmp_path: Path) -> None
         ({"data_completions": 1}, "give both"),
         ({"data_columns": ["chosen"]}, "give both"),
         ({"data_completions": 8, "data_columns": ["c"]}, "leaves nothing for the policy to draw"),
+        ({"data_completions": 1, "data_columns": ["c"], "rounds": 1}, "rounds are of completions that the policy drew"),
         ({"data_completions": -1, "data_columns": ["c"]}, "--data_completions -1: use 0 or more"),
     ],
 )

@@ -311,7 +311,9 @@ def test_resumed_as_if_never_interrupted(tmp_path: Path) -> None:
     resumed.train(resume_from_checkpoint=True)
     for one, other in zip(whole.job.run.learner.weights, resumed.job.run.learner.weights, strict=True):
         assert torch.equal(one, other)
-    assert tiny.rows(tmp_path / "parts") == tiny.rows(tmp_path / "whole")
+    rows = tiny.rows(tmp_path / "whole")
+    assert tiny.rows(tmp_path / "parts") == rows
+    assert {row["eval/policy"] for row in rows if "eval/policy" in row} == {"averaged"}
 
 
 def test_resumed_without_its_cache_the_anchors_are_still_those_of_the_initial_policy(tmp_path: Path) -> None:
@@ -503,6 +505,7 @@ def test_a_run_from_the_command_line(command: Any, tmp_path: Path, capsys: pytes
         ({}, ["--scale_rewards=group"], "--scale_rewards group divides rewards, and these data have margins"),
         ({}, ["--kl_per_iteration=1"], "--kl_per_iteration 1 with --offline"),
         ({}, ["--track_kl"], "--track_kl with --offline"),
+        ({}, ["--eval_against=initial", "--eval_judge=x.py:f"], "--eval_against initial with --offline"),
         ({}, ["--data_completions=2"], "--offline draws no completions"),
         ({}, ["--iterations=2"], "both say how long to train"),
         ({}, ["--margin_clip=0"], "--margin_clip 0: use a positive number"),

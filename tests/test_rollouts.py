@@ -628,7 +628,7 @@ def test_the_stages_by_themselves_are_the_run_in_one_process(
 def test_another_policy_than_the_one_that_drew_is_said_and_another_tokenizer_refused(
     files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    rebel(capsys, "rollout", files / "run.yaml", "--to", tmp_path / "rollouts")
+    rebel(capsys, "rollout", files / "run.yaml", "--to", tmp_path / "rollouts", "--reward_funcs", "elsewhere.py:f")
     rebel(capsys, "score", tmp_path / "rollouts", "--reward_funcs", files / "even.py:even")
     tiny.model(initializer_range=0.1, num_hidden_layers=1, seed=1).save_pretrained(tmp_path / "other")
     tiny.tokenizer().save_pretrained(tmp_path / "other")

@@ -127,7 +127,8 @@ class RebelConfig:
     credit: Literal["auto", "trajectory", "step", "stretch"] = "auto"
     """What a reward is credited to. trajectory: all of a completion or image together, as in the paper. step: each step
     of an image, by a regression of its own. stretch: each stretch of a text, by what it changed in the reward of what
-    is written so far. auto: stretch if every reward function says `judges_beginnings = True`, else trajectory."""
+    is written so far. auto: stretch if every reward function says `judges_beginnings = True` (not offline, in rounds
+    or with a judge), else trajectory."""
     credit_tokens: int = 8
     """With credit stretch: tokens of a stretch. The reward functions are called for the text after each of them."""
     credit_lambda: float = 0.3

@@ -12,7 +12,7 @@ from rebel.settings import known, resolve
 from rebel.validate import validate
 
 EVALUATE = {
-    "against": "a run, a model, or `references`: written completions in the data (default: what the run began with)",
+    "against": "a run, a model, or `references`: written completions in the data (default: the run's model)",
     "judge": "file.py:function of (prompts, first, second, **columns) -> P(first is better), openai:MODEL, a table "
     "(.json), a model's folder or name, or reward:REWARD, of which the higher wins",
     "reference_column": "column of `references` (default: reference)",

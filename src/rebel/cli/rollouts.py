@@ -31,8 +31,8 @@ def rollout(arguments: argparse.Namespace) -> int:
     flags = settings_in(arguments)
     if "round_prompts" in flags:
         raise RebelError(
-            f"--round_prompts {flags['round_prompts']}: `rebel rollout` draws from all prompts; for fewer of them use "
-            "--dataset_split, as in 'train[:100]'"
+            f"--round_prompts {flags['round_prompts']}: `rebel rollout` draws from all prompts; for fewer of them give "
+            "a shorter file, or of a dataset of the hub --dataset_train_split 'train[:100]'"
         )
     if arguments.to:
         flags["from_rollouts"] = arguments.to

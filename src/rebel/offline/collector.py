@@ -192,7 +192,8 @@ class ByPairs:
                 anchors += [self.recordings.anchor(k)[staying(group, left)] for k, group, left in fit]
                 groups += [left for *_, left in fit]
                 done(len(places))
-        return Evaluation(self.metrics(scaled(groups, self.scale), anchors, now), [])
+        policy = "averaged" if learner.average else "last"
+        return Evaluation(self.metrics(scaled(groups, self.scale), anchors, now), [], policy)
 
     def metrics(self, groups: Sequence[Scored], anchors: Sequence[Tensor], now: Sequence[Tensor]) -> dict[str, float]:
         """Accuracy on pairs with its standard error over groups, and the regression's own numbers."""

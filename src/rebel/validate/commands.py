@@ -16,20 +16,20 @@ from rebel.validate.length import length, no_large_batch
 from rebel.validate.method import credit, minibatches, mixture, sampling, step
 from rebel.validate.numbers import counts, ranges
 from rebel.validate.offline import offline
-from rebel.validate.paths import paths
+from rebel.validate.paths import functions, paths
 from rebel.validate.said import Check
 from rebel.validate.schedule import schedule
 from rebel.validate.tracking import tracking
 from rebel.validate.vllm import meanwhile, vllm
 from rebel.validate.weights import adapter, precision
 
-INPUTS = (has_inputs, paths)
+INPUTS = (has_inputs, paths, functions)
 CHECKS = (
     *(counts, ranges, step, credit, sampling, minibatches, schedule, precision, length, no_large_batch, evaluation),
     *(folders, reward_weights, judge, mixture, adapter, offline, one_kind, vllm, meanwhile, tracking),
 )
 DRAWING = (folder_of_rollouts, counts, ranges, sampling, precision, adapter, vllm)
-SCORING = (has_reward, reward_weights, paths)
+SCORING = (has_reward, reward_weights, functions)
 
 
 def validate(config: RebelConfig, *, inputs: bool = True) -> RebelConfig:

@@ -12,6 +12,11 @@ def offline(config: RebelConfig) -> Complaints:
     if config.offline:
         if share or columns:
             yield "--offline draws no completions to put those of --data_columns beside; use one of them"
+        if config.eval_against:
+            yield (
+                f"{said(config, 'eval_against', 'offline')}: nothing is drawn to compare; leave it out, and use "
+                "`rebel evaluate` on the result"
+            )
         if config.kl_per_iteration is not None:
             yield (
                 f"{said(config, 'kl_per_iteration', 'offline')}: a KL is measured on the policy's own completions, "
@@ -23,6 +28,11 @@ def offline(config: RebelConfig) -> Complaints:
             yield f"{said(config, 'kl', 'offline')}: at the initial policy no KL is paid yet; use --kl proximal"
         if config.replace_flat_groups:
             yield f"{said(config, 'replace_flat_groups', 'offline')}: nothing is drawn; take such groups out yourself"
+    elif share and (config.rounds is not None or config.from_rollouts):
+        yield (
+            f"{said(config, 'data_completions')}: rounds are of completions that the policy drew; leave out --rounds "
+            "and --from_rollouts"
+        )
     elif bool(share) != bool(columns):
         yield ("--data_completions says how many of a group come from the data and --data_columns which; give both")
     elif share >= config.num_generations:

@@ -19,6 +19,10 @@ def paths(config: RebelConfig) -> Complaints:
             yield f"{said(config, name)}: there is no such folder"
     if config.dataset_name and config.dataset_name.endswith(DATA) and not Path(config.dataset_name).exists():
         yield f"{said(config, 'dataset_name')}: there is no such file"
+
+
+def functions(config: RebelConfig) -> Complaints:
+    """The files of functions are there."""
     for name, specs in (("reward_funcs", config.reward_funcs), ("judge_funcs", config.judge_funcs)):
         for spec in specs:
             yield from _in_file(name, spec)
