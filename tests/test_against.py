@@ -22,7 +22,7 @@ from rebel.evaluators import on_main
 from rebel.report import write_report
 from rebel.report.versus import lines_of, show, write_page
 from rebel.rewards.contest import HigherReward
-from rebel.rewards.functions import PerCompletion
+from rebel.rewards.functions import Notes, PerCompletion
 from rebel.rewards.judges import FunctionJudge
 from rebel.types import Comparison, Completion, Judge, Prompt, Rollout
 
@@ -104,12 +104,15 @@ def test_lengths_and_scores_are_of_the_answered_pairs() -> None:
 
 
 def test_the_higher_reward_wins_and_no_reward_is_no_answer() -> None:
-    def size(completions: list[str], **kwargs: Any) -> list[float | None]:
+    def size(completions: list[str], log_metric: Any, **kwargs: Any) -> list[float | None]:
+        log_metric("asked", len(completions))
         return [None if text == "?" else float(len(text)) for text in completions]
 
-    judge = HigherReward(PerCompletion(size), "reward:size")
+    notes = Notes()
+    judge = HigherReward(PerCompletion(size, notes=notes), "reward:size", notes.aside)
     asked = [("aa", "b"), ("a", "bb"), ("a", "b"), ("a", "?")]
     assert judge([Comparison(Prompt("x"), *pair) for pair in asked]) == [1.0, 0.0, 0.5, None]
+    assert notes.take_metrics() == {}, "half of what it saw is the other side's"
 
 
 def test_references_take_the_form_of_the_prompts_completions() -> None:

@@ -25,7 +25,10 @@ DEADLINE = 120.0
 
 RUNS: dict[str, dict[str, Any]] = {
     # 5 prompts in chunks of 2, steps of 3 and 2 groups, and an odd number of micro-batches of one group each
-    "odd": {"prompts_per_iteration": 5, "steps_per_iteration": 2, "tokens_per_micro_batch": 40, "average": 0.6},
+    "odd": {
+        **{"prompts_per_iteration": 5, "steps_per_iteration": 2, "tokens_per_micro_batch": 40, "average": 0.6},
+        "reward": tiny.noted_evenness,
+    },
     # groups that are split, with fillers, a reference and a way that is scaled
     "split": {
         **{"prompts_per_iteration": 3, "steps_per_iteration": 3, "tokens_per_micro_batch": 23, "sampling_batch": 4},

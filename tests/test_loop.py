@@ -559,7 +559,9 @@ def test_the_plan_says_how_long_a_run_is(tmp_path: Path) -> None:
 def test_what_a_reward_writes_down_is_told_apart_by_where(tmp_path: Path) -> None:
     def talks(completions: list[str], log_metric: Any, **kwargs: Any) -> list[float]:
         log_metric("asked", len(completions))
-        log_metric("reward", -1.0)
+        for taken in ("reward", "step", "iteration", "seconds/total"):
+            log_metric(taken, -1.0)
+        log_metric("seconds/own", 1e6)
         return [float(len(text)) for text in completions]
 
     made = tiny.trained(tmp_path, reward=talks)
@@ -570,6 +572,9 @@ def test_what_a_reward_writes_down_is_told_apart_by_where(tmp_path: Path) -> Non
     assert all(row["reward"] > 0 and row["eval/reward"] > 0 for row in later), (
         "what the loop measures itself goes first"
     )
+    assert [(row["iteration"], row["step"]) for row in [first, *later]] == [(0, 0), (1, 3), (2, 6), (3, 9)]
+    written = read_rows(tmp_path / "metrics.jsonl")
+    assert all(0 < row["seconds/total"] < 1e5 for row in written), "times that overlap others do not count"
 
 
 @pytest.mark.parametrize("better", [True, False])

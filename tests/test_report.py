@@ -448,3 +448,19 @@ def test_completions_are_paired_by_prompt_whatever_their_order() -> None:
     assert found == [("p", "p0", "p9", 3.0), ("p", None, "p9 again", None), ("q", "q0", "q9", None)]
     assert (first, last) == (0, 9)
     assert compared(rows[:2])[2] is None
+
+
+@pytest.mark.parametrize(
+    ("title", "key", "settings"),
+    [
+        ("Order of held-out pairs", "eval/accuracy", {"offline": True}),
+        ("Win rate", "eval/win_rate", {"eval_against": "initial"}),
+    ],
+)
+def test_what_a_reward_noted_is_no_measure_of_ours(title: str, key: str, settings: dict) -> None:
+    rows = [{"iteration": t, "eval/reward": 0.1 * t, key: 0.5 + 0.1 * t} for t in range(3)]
+
+    def shown(settings: dict) -> bool:
+        return title in [figure.title for _, figures in sections(rows, settings) for figure in figures]
+
+    assert shown(settings) and not shown({"offline": False, "eval_against": None})

@@ -515,6 +515,7 @@ def test_a_length_given_later_takes_the_place_of_any_given_before() -> None:
     assert (resolve(before, {"rounds": 3}).iterations, resolve(before, {"rounds": 3}).rounds) == (None, 3)
     assert resolve(before, {"from_rollouts": "rolls"}).iterations is None
     assert resolve(before, {"eta": 3.0}).iterations == 6
+    assert resolve({"num_train_epochs": 1.0}, {"max_steps": "-1"}).num_train_epochs == 1.0
     for nothing in ("null", None):
         lap = resolve({"num_train_epochs": 1.0}, {"iterations": nothing})
         assert (lap.num_train_epochs, lap.iterations) == (1.0, None), "a length of null takes no length's place"

@@ -410,3 +410,9 @@ def test_a_run_takes_the_settings_and_its_collector_finds_the_gains(tmp_path: Pa
     assert all(
         group.gains is None for group in whole.run.collector(whole.run.learner, Progress(), 1, whole.run.hooks).kept
     )
+
+
+@pytest.mark.parametrize("flags", [(True, False), (True,) * 4])
+def test_a_mask_has_a_flag_for_each_token_of_the_completion(flags: tuple[bool, ...]) -> None:
+    with pytest.raises(ValueError, match=rf"a mask of {len(flags)} flags for a completion of 3 tokens"):
+        TokenTrace((1, 2), (10, 11, 12), flags)

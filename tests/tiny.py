@@ -153,6 +153,14 @@ def evenness(completion_ids: list[list[int]], **kwargs: Any) -> list[float]:
     return [sum(token % 2 == 0 for token in ids) / len(ids) for ids in completion_ids]
 
 
+def noted_evenness(completion_ids: list[list[int]], log_metric: Callable[..., None], **kwargs: Any) -> list[float]:
+    """The same, and each value written down too."""
+    values = evenness(completion_ids)
+    for value in values:
+        log_metric("even", value)
+    return values
+
+
 def longer(prompts: list[Any], first: list[str], second: list[str], **columns: Any) -> list[float]:
     """A judge: the longer text is better."""
     return [0.5 + 0.5 * ((len(a) > len(b)) - (len(a) < len(b))) for a, b in zip(first, second, strict=True)]

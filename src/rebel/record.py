@@ -146,7 +146,7 @@ class Recorder:
         """Write the row of an iteration, tell the trackers, and keep a checkpoint if it is time to."""
         where = {"iteration": progress.iteration, "step": progress.step, "samples": progress.samples}
         evaluated = {**evaluation.metrics, "eval/policy": evaluation.policy} if evaluation else {}
-        self.last = {**where, **metrics, **evaluated}
+        self.last = where | metrics | where | evaluated  # first in the row, and nobody's to change
         if self.main:
             append_rows(self.folder / METRICS, [self.last])
         self.unseen.append(self.last)

@@ -97,8 +97,9 @@ def resolve(*layers: Mapping[str, Any]) -> RebelConfig:
 
 
 def said_anew(layer: Mapping[str, Any]) -> bool:
-    """Whether a layer says how long to train; rollouts that are given do, and a length of null does not."""
-    return not all(is_nothing(layer.get(name)) for name in (*LENGTHS, "from_rollouts"))
+    """Whether a layer says how long to train: rollouts that are given do, a length of null or a max_steps of -1 not."""
+    said = {name: layer[name] for name in (*LENGTHS, "from_rollouts") if not is_nothing(layer.get(name))}
+    return any(str(value) != str(getattr(RebelConfig, name)) for name, value in said.items())
 
 
 def dump(config: RebelConfig) -> str:

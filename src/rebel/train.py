@@ -111,13 +111,13 @@ def finish(run: Run, progress: Progress, metrics: measures.Measures, last: bool)
     began = time.perf_counter()
     if progress.iteration:
         run.hooks.iterated(progress)
-    metrics = run.hooks.noted() | metrics
+    noted = run.hooks.noted()
     evaluation = None
     if run.evaluator and (last or not progress.iteration or run.hooks.evaluation_is_due(progress)):
         evaluation = evaluated(run, run.evaluator)
         metrics["seconds/evaluation"] = time.perf_counter() - began
     metrics["seconds/total"] = sum((value for name, value in metrics.items() if name.startswith("seconds/")), 0.0)
-    run.hooks.report(progress, metrics, evaluation)
+    run.hooks.report(progress, noted | metrics, evaluation)
 
 
 def evaluated(run: Run, evaluator: Evaluator) -> Evaluation:
@@ -125,6 +125,7 @@ def evaluated(run: Run, evaluator: Evaluator) -> Evaluation:
 
     What rewards and samplers note down meanwhile is of the evaluation too, unless that has a number of the same name.
     """
+    run.hooks.noted()  # what an iteration that was given up has left
     with run.learner.use_average():
         evaluation = evaluator(run.learner, run.reference, seed_of(run.seed, EVALUATE), run.hooks)
     noted = {f"eval/{name}": value for name, value in run.hooks.noted().items()}

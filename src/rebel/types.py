@@ -109,6 +109,10 @@ class TokenTrace:
     completion: tuple[int, ...]
     mask: tuple[bool, ...] | None = None
 
+    def __post_init__(self) -> None:
+        if self.mask is not None and len(self.mask) != len(self.completion):
+            raise ValueError(f"a mask of {len(self.mask)} flags for a completion of {len(self.completion)} tokens")
+
     @property
     def written(self) -> tuple[bool, ...]:
         return self.mask if self.mask is not None else (True,) * len(self.completion)

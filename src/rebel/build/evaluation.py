@@ -20,6 +20,7 @@ from rebel.learner import Learner
 from rebel.loading import load_policy
 from rebel.policies.causal_lm import CausalLM
 from rebel.report.rows import append_rows, read_rows
+from rebel.rewards.contest import HigherReward
 from rebel.rewards.functions import Notes
 from rebel.rewards.winrate import check_judge
 from rebel.run_folder import OPPONENTS
@@ -34,6 +35,8 @@ def judge_of_evaluation(config: RebelConfig, notes: Notes, prompts: Sequence[Pro
         return None
     models = {"trust_remote_code": config.trust_remote_code, **({"device": "cpu"} if config.use_cpu else {})}
     judge = build_judge(config.eval_judge, config, notes, models)
+    if isinstance(judge, HigherReward):
+        judge = replace(judge, aside=notes.aside)
     check_judge(judge, prompts)
     return judge
 

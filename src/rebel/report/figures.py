@@ -33,7 +33,7 @@ def sections(rows: Sequence[Row], settings: Row) -> list[tuple[str, list[Figure]
     """The figures that have anything to show, by section."""
     every = {
         "Outcome": (
-            _accuracy(rows),
+            _accuracy(rows, settings),
             _reward(rows, settings),
             _judges(rows),
             _frontier(rows),
@@ -65,7 +65,8 @@ def _figure(title: str, note: str, *plots: Plot | None) -> Figure:
     return Figure(title, Markup(note), tuple(each for each in plots if each is not None))
 
 
-def _accuracy(rows: Sequence[Row]) -> Figure:
+def _accuracy(rows: Sequence[Row], settings: Row) -> Figure:
+    rows = rows if settings.get("offline", True) else ()  # else it is something that a reward noted down
     return _figure(
         "Order of held-out pairs",
         "Share of pairs of recorded completions, never trained on, that the policy's log-ratios to the initial policy"
@@ -144,6 +145,7 @@ def _components(rows: Sequence[Row]) -> Figure:
 
 
 def _win_rate(rows: Sequence[Row], settings: Row) -> Figure:
+    rows = rows if settings.get("eval_against", True) else ()
     sure = [
         Series("95% from", _points(rows, "eval/win_rate_low"), PLAIN),
         Series("95% to", _points(rows, "eval/win_rate_high"), PLAIN),

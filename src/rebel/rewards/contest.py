@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,10 +19,13 @@ class HigherReward:
 
     reward: Reward
     name: str
+    aside: Callable[[], AbstractContextManager] = nullcontext
+    """Within it what the reward notes down is not kept: where half of what it sees is not the policy's."""
 
     def __call__(self, comparisons: Sequence[Comparison]) -> list[float | None]:
         pairs = [Rollout(c.prompt, (Completion(c.first, None), Completion(c.second, None))) for c in comparisons]
-        margins = [float(scored.pair_margins()[0, 1]) for scored in self.reward(pairs)]
+        with self.aside():
+            margins = [float(scored.pair_margins()[0, 1]) for scored in self.reward(pairs)]
         return [None if math.isnan(margin) else 0.5 + 0.5 * ((margin > 0) - (margin < 0)) for margin in margins]
 
     def check(self, prompts: Sequence[Prompt]) -> None:
