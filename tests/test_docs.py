@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import math
 import re
+import symtable
 import sys
 from collections.abc import Iterator
 from dataclasses import MISSING, Field, fields
@@ -38,6 +40,13 @@ def blocks(text: str, mark: str) -> list[str]:
     return [code for language, word, code in FENCE.findall(text) if (language, word) == ("python", mark)]
 
 
+def named_in(code: str) -> set[str]:
+    """What a block defines, imports or assigns at its top level; the name of a caught error is gone after it."""
+    symbols = symtable.symtable(code, "page", "exec").get_symbols()
+    caught = {node.name for node in ast.walk(ast.parse(code)) if isinstance(node, ast.ExceptHandler)}
+    return {symbol.get_name() for symbol in symbols if symbol.is_assigned() or symbol.is_imported()} - caught
+
+
 def ids(path: Path) -> str:
     return path.relative_to(ROOT).as_posix()
 
@@ -57,6 +66,7 @@ def test_code_of_a_page_runs_from_top_to_bottom(path: Path, tmp_path: Path, monk
     monkeypatch.setitem(sys.modules, module.__name__, module)
     for code in blocks(path.read_text(), "run"):
         exec(compile(code, str(path), "exec"), vars(module))
+        assert named_in(code) <= vars(module).keys(), "the block came to its last line"
 
 
 def test_excerpts_are_in_the_file_they_are_from() -> None:
